@@ -1,0 +1,1 @@
+"""The vocabulary of the library: nouns and protocols, no diffusers, no files."""

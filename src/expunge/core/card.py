@@ -1,0 +1,101 @@
+"""The artifact's card: everything needed to know what a patch is and where it came from. Free of torch."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from expunge.core.codec import from_json, to_json
+from expunge.core.concept import Concept
+from expunge.core.errors import InputError
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """The model a patch belongs to."""
+
+    name: str
+    revision: str
+    family: str
+    licence: str
+    sha256: str
+    """Over the touched base tensors, or the text encoder for guards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What the patch file holds."""
+
+    kind: str
+    meta: Mapping[str, Any]
+    sha256: str
+    """Of the file patch.safetensors."""
+    tensors: int
+    bytes: int
+    share: float
+    """Changed parameters over all parameters of the network, 0 to 1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Provenance:
+    """How the patch was made.
+
+    `commit` and `dirty` are None only if the run was started without provenance (`recorded` False); otherwise a missing
+    commit raises InputError: "unknown" is not a legal value.
+    """
+
+    seed: int
+    device: str
+    dtype: str
+    seconds: float
+    peak_bytes: int
+    packages: Mapping[str, str]
+    source_sha256: str
+    """Of the method's source file."""
+    commit: str | None
+    dirty: bool | None
+    recorded: bool = True
+
+    def __post_init__(self) -> None:
+        if self.recorded and (not self.commit or self.dirty is None or not self.packages):
+            raise InputError(
+                "provenance lacks the commit, its dirty flag or package versions; pass --no-provenance to go on"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Card:
+    """The JSON beside a patch.
+
+    `config` is every field in force, `given` those the user set. Raises InputError for another schema version.
+    """
+
+    schema: int = SCHEMA
+    method: str
+    paper: str
+    description: str
+    """First line of the method's docstring."""
+    config: Mapping[str, Any]
+    given: tuple[str, ...]
+    target: tuple[Concept, ...]
+    anchor: tuple[Concept | None, ...]
+    retain: tuple[Concept, ...]
+    base: Base
+    patch: Contents
+    run: Provenance
+    claims: Mapping[str, bool]
+    """What standard attacks can judge: deterministic, gradients usable, no inner optimization."""
+
+    def __post_init__(self) -> None:
+        if self.schema != SCHEMA:
+            raise InputError(f"card has schema {self.schema}; this version reads {SCHEMA}")
+
+    def to_json(self) -> str:
+        """Write with sorted keys and one trailing newline."""
+        return to_json(self)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Card":
+        """Read what `to_json` wrote; anything missing, unknown or mistyped raises InputError."""
+        return from_json(cls, text)

@@ -1,0 +1,55 @@
+"""Encoded prompts."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Condition:
+    """A batch of prompts as the network reads them.
+
+    Shapes: b prompts, l positions (padding included), d text width, p pooled width.
+    """
+
+    tokens: Float[Tensor, "b l d"]
+    mask: Bool[Tensor, "b l"]
+    """True on the opening token, the words and the first closing token; False on padding."""
+    last: Int[Tensor, "b"]
+    """Position of the last word, before closing tokens; 0 (the opening token) for an empty prompt."""
+    pooled: Float[Tensor, "b p"] | None = None
+    extra: Mapping[str, Tensor] = field(default_factory=dict)
+    """Per-sample side inputs of a family, first axis b: SDXL time ids, FLUX guidance."""
+
+    @property
+    def subject(self) -> Float[Tensor, "b d"]:
+        """The embedding at the last word of every prompt."""
+        return self.tokens[torch.arange(len(self), device=self.tokens.device), self.last]
+
+    def __len__(self) -> int:
+        return self.tokens.shape[0]
+
+    @classmethod
+    def cat(cls, parts: "Sequence[Condition]") -> "Condition":
+        """Stack conditions along the batch, in order; all must come from one model."""
+        pooled = [part.pooled for part in parts if part.pooled is not None]
+        return cls(
+            tokens=torch.cat([part.tokens for part in parts]),
+            mask=torch.cat([part.mask for part in parts]),
+            last=torch.cat([part.last for part in parts]),
+            pooled=torch.cat(pooled) if pooled else None,
+            extra={key: torch.cat([part.extra[key] for part in parts]) for key in parts[0].extra},
+        )
+
+    def take(self, index: Int[Tensor, "n"]) -> "Condition":
+        """Pick prompts by position; repeats are allowed, so `take(zeros(n))` copies the first one n times."""
+        return Condition(
+            tokens=self.tokens[index],
+            mask=self.mask[index],
+            last=self.last[index],
+            pooled=None if self.pooled is None else self.pooled[index],
+            extra={key: value[index] for key, value in self.extra.items()},
+        )

@@ -1,0 +1,78 @@
+"""How concepts are erased: the base of all methods, and the run they happen in."""
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from expunge.core.concept import Request
+from expunge.core.errors import InputError
+from expunge.core.generator import Family, Generator
+from expunge.core.patch import Patch
+
+
+def _quiet_log(name: str, step: int, value: float) -> None:
+    """Drop a logged value."""
+
+
+def _quiet_progress(label: str, done: int, total: int) -> None:
+    """Drop a progress report."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """Where a computation happens: its seed, device, log and progress.
+
+    `log(name, step, value)` records a number; `progress(label, done, total)` reports work done. Both are quiet by default.
+    """
+
+    seed: int = 0
+    device: str = "cpu"
+    log: Callable[[str, int, float], None] = _quiet_log
+    progress: Callable[[str, int, int], None] = _quiet_progress
+
+    def rng(self, *name: str | int) -> torch.Generator:
+        """Give the random stream of a name.
+
+        It depends on (seed, name) only, never on call order; it lives on the CPU so that devices agree.
+        """
+        digest = hashlib.sha256(repr((self.seed, *name)).encode()).digest()
+        return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Eraser(ABC):
+    """A method: a frozen dataclass whose fields are its hyper-parameters, and one verb.
+
+    Subclasses live in one file each under `methods/`; the file's stem is the method's name.
+    """
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid"}
+
+    paper: ClassVar[str]
+    """"arXiv:<id>" or a DOI."""
+    families: ClassVar[frozenset[Family]]
+    claims: ClassVar[Mapping[str, bool]] = MappingProxyType(
+        {"deterministic": True, "gradients": True, "inner_optimization": False}
+    )
+    """What standard attacks may assume about the erased model."""
+    reconstruction: ClassVar[bool] = False
+    """True where neither the paper's full text nor its code was available: our reading, never "the paper's number"."""
+    uses_anchor: ClassVar[bool] = True
+    """False where the method has no destination to send a target to, so a request's anchors do nothing."""
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
+    """Contract checks that do not apply, by name, with the reason."""
+
+    @abstractmethod
+    def erase(self, model: Generator, request: Request, run: Run) -> Patch:
+        """Compute the change that erases the request's targets; the model itself stays as it is."""
+
+    @classmethod
+    def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Patch:
+        """Rebuild a guard from its stored tensors and facts; methods that edit weights need none."""
+        raise InputError(f"method {cls.__name__} leaves no guard, so there is nothing to restore")

@@ -10,8 +10,8 @@ if TYPE_CHECKING:
     from expunge.core.card import Card
     from expunge.core.concept import Concept, Request
     from expunge.core.condition import Condition
-    from expunge.core.errors import InputError
     from expunge.core.eraser import Eraser, Run
+    from expunge.core.errors import InputError
     from expunge.core.generator import EditSite, Generator, Guard, State
     from expunge.core.measure import Detector, Metric, Samples
     from expunge.core.patch import Patch

@@ -59,9 +59,7 @@ class Provenance:
 
     def __post_init__(self) -> None:
         if self.recorded and (not self.commit or self.dirty is None or not self.packages):
-            raise InputError(
-                "provenance lacks the commit, its dirty flag or package versions; pass --no-provenance to go on"
-            )
+            raise InputError("provenance lacks commit, dirty flag or package versions; pass --no-provenance to go on")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -79,7 +79,7 @@ class Request:
     def pairs(self) -> Iterator[tuple[str, str]]:
         """Every target prompt with the prompt it is sent to, "" where the anchor is None.
 
-        Phrases pair up by position when target and anchor have equally many; otherwise each meets the anchor's canonical one.
+        Phrases pair up by position when target and anchor have equally many; otherwise each meets the canonical one.
         """
         for target, anchor in zip(self.target, self.anchor, strict=True):
             for index, prompt in enumerate(target.prompts):

@@ -28,7 +28,7 @@ def _quiet_progress(label: str, done: int, total: int) -> None:
 class Run:
     """Where a computation happens: its seed, device, log and progress.
 
-    `log(name, step, value)` records a number; `progress(label, done, total)` reports work done. Both are quiet by default.
+    `log(name, step, value)` records a number, `progress(label, done, total)` reports work done; both quiet by default.
     """
 
     seed: int = 0
@@ -57,6 +57,10 @@ class Eraser(ABC):
     paper: ClassVar[str]
     """"arXiv:<id>" or a DOI."""
     families: ClassVar[frozenset[Family]]
+    reconstruction: ClassVar[bool] = False
+    """Whether the paper's full text or code was missing, so that this is our reading of it; shown wherever it is listed."""
+    uses_anchor: ClassVar[bool] = True
+    """Whether the request's anchors have any effect."""
     claims: ClassVar[Mapping[str, bool]] = MappingProxyType(
         {"deterministic": True, "gradients": True, "inner_optimization": False}
     )

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 class InputError(ValueError):
     """A value given from outside that the library cannot use.
 
-    The message is one line that names the offending value and the legal ones; the command line prints it and exits with 2.
+    Its message is one line with the offending value and the legal ones; the command line prints it and exits with 2.
     """
 
 

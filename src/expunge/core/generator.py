@@ -12,9 +12,9 @@ from expunge.core.condition import Condition
 
 Family = Literal["unet", "mmdit", "autoregressive"]
 
-Group = Literal["text_in", "cross_kv", "cross", "not_cross", "attention", "all", "text_encoder"]
-"""Parameter groups. U-Net: `text_in` = `cross_kv` = attn2.to_k/to_v; `cross` = all of attn2 (ESD-x); `not_cross` = all but
-attn2 and the timestep embedding and output layers (ESD-u); `attention` = attn1 and attn2; `all` = the whole denoiser."""
+Group = Literal["text_in", "cross_kv", "cross_attention", "non_cross_attention", "attention", "all", "text_encoder"]
+"""Parameter groups. U-Net: `text_in` = `cross_kv` = attn2.to_k/to_v; `cross_attention` = all of attn2 (ESD-x); `non_cross_attention` =
+all but attn2 and the timestep embedding and output layers (ESD-u); `attention` = attn1 and attn2; `all` = the whole denoiser."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The artifact's card: everything needed to know what a patch is and where it came from. Free of torch."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from expunge.core.codec import from_json, to_json
@@ -35,6 +35,8 @@ class Contents:
     bytes: int
     share: float
     """Changed parameters over all parameters of the network, 0 to 1."""
+    layers: Mapping[str, float] = field(default_factory=dict)
+    """Relative change ||W' - W|| / ||W|| per changed tensor, by path; empty for guards."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,0 +1,1 @@
+"""Set metrics; one file is one metric."""

@@ -1,0 +1,1 @@
+"""One function per stage; each reads and writes files."""

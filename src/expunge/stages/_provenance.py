@@ -1,0 +1,87 @@
+"""Where an artifact came from: package versions, commit, sources, memory."""
+
+from __future__ import annotations
+
+import inspect
+import json
+import platform
+import resource
+import subprocess
+import sys
+from collections.abc import Mapping
+from importlib.metadata import PackageNotFoundError, distribution, version
+from pathlib import Path
+
+import expunge
+from expunge.core.card import Provenance
+from expunge.stages import _files
+
+PACKAGES = ("diffusers", "numpy", "peft", "safetensors", "torch", "transformers")
+ROOT = Path(expunge.__file__).parent
+
+
+def packages() -> dict[str, str]:
+    """Return the versions of Python, this library and what it computes with; an absent optional package is left out."""
+    found = {"python": platform.python_version(), "expunge": expunge.__version__}
+    for name in PACKAGES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def commit() -> tuple[str | None, bool | None]:
+    """Return the commit of the library's source and whether the source differs from it.
+
+    Found in the git checkout that tracks this package, or else in pip's record of a `git+https` install; (None, None) if neither exists.
+    """
+    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+        return _pinned_commit()
+    head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
+    return (head, bool(changes)) if head and changes is not None else (None, None)
+
+
+def provenance(method: type, run: Mapping[str, object], seconds: float, *, recorded: bool) -> Provenance:
+    """Collect everything about how a patch was made; `run` holds seed, device and dtype.
+
+    Raises InputError if no commit is found, unless `recorded` is False: then that is what the card says.
+    """
+    head, dirty = commit() if recorded else (None, None)
+    return Provenance(
+        seed=int(str(run["seed"])),
+        device=str(run["device"]),
+        dtype=str(run["dtype"]),
+        seconds=round(seconds, 3),
+        peak_bytes=_peak_bytes(),
+        packages=packages(),
+        source_sha256=_files.sha256(Path(inspect.getfile(method)).read_bytes()),
+        commit=head,
+        dirty=dirty,
+        recorded=recorded,
+    )
+
+
+def _git(*words: str) -> str | None:
+    # safe.directory: the checkout may belong to another user (containers); reading it is harmless
+    command = ["git", "-c", "safe.directory=*", "-C", str(ROOT), *words]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    except FileNotFoundError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _pinned_commit() -> tuple[str | None, bool | None]:
+    try:
+        text = distribution("expunge").read_text("direct_url.json")
+    except PackageNotFoundError:
+        return None, None
+    pinned = json.loads(text).get("vcs_info", {}).get("commit_id") if text else None
+    return (pinned, False) if pinned else (None, None)
+
+
+def _peak_bytes() -> int:
+    # resident set of this process; Linux counts KiB, macOS bytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

@@ -1,0 +1,249 @@
+"""Artifact: a patch on disk with its card.  Saved whole or not at all, checked when loaded and when applied."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import inspect
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors import torch as safetensors
+from torch import Tensor
+
+from expunge.core.card import Base, Card, Contents
+from expunge.core.concept import Request
+from expunge.core.eraser import Eraser
+from expunge.core.errors import InputError
+from expunge.core.generator import Generator
+from expunge.core.patch import Patch
+from expunge.core.registry import find
+from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.weights import WeightPatch
+from expunge.stages import _files
+from expunge.stages._provenance import provenance
+
+PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
+FACTORS = (".lora_A.weight", ".lora_B.weight")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What was asked for: the method by name and object, the options the user set, the request, the run's seed."""
+
+    method: str
+    eraser: Eraser
+    given: tuple[str, ...]
+    request: Request
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the base model came from."""
+
+    name: str
+    revision: str
+    licence: str
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A loaded artifact whose file matched its card."""
+
+    folder: Path
+    card: Card
+    patch: Patch
+
+    def on(self, model: Generator) -> Generator:
+        """Lay the patch on the base it was made for; raises InputError for any other base."""
+        found = fingerprint(model, self.patch.tensors())
+        if found != self.card.base.sha256:
+            raise InputError(
+                f"{self.folder} was made for base {self.card.base.name!r} ({self.card.base.sha256[:12]}); "
+                f"{model.name!r} ({found[:12]}) differs in the tensors it touches"
+            )
+        return self.patch.on(model)
+
+
+def touched(model: Generator, names: Sequence[str] | Mapping[str, Any]) -> list[str]:
+    """Return the parameters of the network that stored tensors change; empty for guards."""
+    paths = {f"{name.removesuffix(end)}.weight" for name in names for end in FACTORS if name.endswith(end)}
+    known = {name for name, _ in model.network.named_parameters()}
+    return sorted(known & (paths | set(names)))
+
+
+def fingerprint(model: Generator, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over the base tensors a patch touches, or over the text encoder where it touches none (guards).
+
+    Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them.
+    """
+    paths = touched(model, tensors)
+    if not paths:
+        paths = sorted(name for name, _ in model.network.named_parameters() if name.startswith("text_encoder"))
+    return hash_tensors({path: model.weight(path) for path in paths})
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def changes(model: Generator, patch: Patch) -> dict[str, float]:
+    """Relative change ||W' - W||_F / ||W||_F of every touched tensor, by path; a zero tensor that moves counts as 1."""
+    view = patch.on(model)
+    return {path: _relative(model.weight(path), view.weight(path)) for path in touched(model, patch.tensors())}
+
+
+def _relative(old: Tensor, new: Tensor) -> float:
+    norm, moved = old.double().norm().item(), (new.double() - old.double()).norm().item()
+    return moved / norm if norm > 0 else float(moved > 0)
+
+
+def save(
+    folder: Path,
+    patch: Patch,
+    model: Generator,
+    job: Job,
+    *,
+    source: Source,
+    seconds: float,
+    log: Sequence[Mapping[str, Any]] = (),
+    recorded: bool = True,
+) -> Path:
+    """Write patch.safetensors, card.json and log.jsonl into a new folder, completely or not at all.
+
+    Raises InputError if the folder exists or the provenance cannot be found, OSError if the disk is full.
+    """
+    tensors = patch.tensors()
+    card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, recorded=recorded))
+    blob = serialize(tensors, _header(card))
+    card = dataclasses.replace(
+        card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob))
+    )
+    with _files.whole_folder(folder) as part:
+        _files.write_bytes(part / PATCH, blob)
+        _files.write_bytes(part / CARD, card.to_json().encode())
+        _files.write_lines(part / LOG, log)
+    return folder
+
+
+def serialize(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+    """Return safetensors bytes that depend on the content only: the library writes its metadata in random order."""
+    blob = safetensors.save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, dict(metadata))
+    size = int.from_bytes(blob[:8], "little")
+    header = json.dumps(json.loads(blob[8 : 8 + size]), sort_keys=True, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header + blob[8 + size :]
+
+
+def locate(path: Path) -> Path:
+    """Return the artifact folder for a run folder or an artifact folder; raises InputError if there is none."""
+    for folder in (path, path / "artifact"):
+        if (folder / CARD).is_file():
+            return folder
+    raise InputError(f"no artifact in {path}: neither {CARD} nor artifact/{CARD} is there")
+
+
+def read_card(path: Path) -> Card:
+    """Read the card of a run folder or artifact folder; raises InputError for a missing or torn one."""
+    file = locate(path) / CARD
+    try:
+        return Card.from_json(_files.read_bytes(file).decode())
+    except (InputError, UnicodeDecodeError) as error:
+        raise InputError(f"{file}: {error}") from None
+
+
+def load(path: Path) -> Artifact:
+    """Load an artifact from its folder or its run folder.
+
+    Raises InputError if the card is torn, if the patch file is missing, truncated or altered, or if the two do not
+    belong together.
+    """
+    folder = locate(path)
+    card, blob = read_card(folder), _files.read_bytes(folder / PATCH)
+    if len(blob) != card.patch.bytes:
+        raise InputError(f"{folder / PATCH} has {len(blob)} bytes, its card says {card.patch.bytes}: truncated or replaced")
+    if _files.sha256(blob) != card.patch.sha256:
+        raise InputError(f"{folder / PATCH} does not match the sha256 in its card: altered or replaced")
+    try:
+        tensors, metadata = safetensors.load(blob), json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"{folder / PATCH} is not a safetensors file: {error}") from None
+    if metadata.get("__metadata__") != _header(card):
+        raise InputError(f"{folder / CARD} is not the card that {PATCH} was saved with: one of them was edited or swapped")
+    return Artifact(folder, card, restore(card, tensors))
+
+
+def restore(card: Card, tensors: Mapping[str, Tensor]) -> Patch:
+    """Rebuild a patch from its stored tensors by the kind its card names; guards are rebuilt by their method."""
+    if card.patch.kind == "guard":
+        rebuilt: Patch = find("methods", card.method).restore(tensors, card.patch.meta)  # type: ignore[attr-defined]
+        return rebuilt
+    stored: dict[str, type[WeightPatch] | type[LowRankPatch]] = {kind.kind: kind for kind in (WeightPatch, LowRankPatch)}
+    if card.patch.kind not in stored:
+        raise InputError(f"unknown kind of patch {card.patch.kind!r}; legal: guard, {', '.join(stored)}")
+    return stored[card.patch.kind].restore(tensors, card.patch.meta)
+
+
+def _header(card: Card) -> dict[str, str]:
+    """What the patch file says about itself; the card's hash leaves out hash and size of this very file."""
+    bare = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256="", bytes=0))
+    return {
+        "base": card.base.name,
+        "base_sha256": card.base.sha256,
+        "card": _files.sha256(bare.to_json().encode()),
+        "format": "pt",
+        "kind": card.patch.kind,
+        "method": card.method,
+        "schema": str(card.schema),
+    }
+
+
+def _run(model: Generator, job: Job) -> dict[str, object]:
+    weight = next(model.network.parameters())
+    return {"seed": job.seed, "device": weight.device.type, "dtype": str(weight.dtype).removeprefix("torch.")}
+
+
+def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Job, source: Source, run: Any) -> Card:
+    method = type(job.eraser)
+    layers = changes(model, patch)
+    sizes = {name: weight.numel() for name, weight in model.network.named_parameters()}
+    return Card(
+        method=job.method,
+        paper=method.paper,
+        description=(inspect.getdoc(method) or "").partition("\n")[0],
+        config=json.loads(json.dumps(dataclasses.asdict(job.eraser))),
+        given=tuple(sorted(job.given)),
+        target=job.request.target,
+        anchor=job.request.anchor,
+        retain=job.request.retain,
+        base=Base(
+            name=source.name,
+            revision=source.revision,
+            family=model.family,
+            licence=source.licence,
+            sha256=fingerprint(model, tensors),
+        ),
+        patch=Contents(
+            kind=patch.kind,
+            meta=json.loads(json.dumps(patch.meta())),
+            sha256="",
+            tensors=len(tensors),
+            bytes=0,
+            share=sum(sizes[path] for path in layers) / sum(sizes.values()),
+            layers=layers,
+        ),
+        run=run,
+        claims={**method.claims, "reconstruction": method.reconstruction},
+    )

@@ -1,0 +1,1 @@
+"""Suites: prompts, seeds, sampler and detectors, as data."""

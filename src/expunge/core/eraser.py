@@ -58,7 +58,7 @@ class Eraser(ABC):
     """"arXiv:<id>" or a DOI."""
     families: ClassVar[frozenset[Family]]
     reconstruction: ClassVar[bool] = False
-    """Whether the paper's full text or code was missing, so that this is our reading of it; shown wherever it is listed."""
+    """Whether the full text or code was missing, so that this is our reading of it; said wherever it is listed."""
     uses_anchor: ClassVar[bool] = True
     """Whether the request's anchors have any effect."""
     claims: ClassVar[Mapping[str, bool]] = MappingProxyType(

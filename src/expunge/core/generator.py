@@ -13,8 +13,9 @@ from expunge.core.condition import Condition
 Family = Literal["unet", "mmdit", "autoregressive"]
 
 Group = Literal["text_in", "cross_kv", "cross_attention", "non_cross_attention", "attention", "all", "text_encoder"]
-"""Parameter groups. U-Net: `text_in` = `cross_kv` = attn2.to_k/to_v; `cross_attention` = all of attn2 (ESD-x); `non_cross_attention` =
-all but attn2 and the timestep embedding and output layers (ESD-u); `attention` = attn1 and attn2; `all` = the whole denoiser."""
+"""Parameter groups. U-Net: `text_in` = `cross_kv` = attn2.to_k/to_v; `cross_attention` = all of attn2 (ESD-x);
+`non_cross_attention` = all but attn2, the timestep embedding and the output layers (ESD-u); `attention` = attn1 and
+attn2; `all` = the whole denoiser."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ class Generator(Protocol):
     def visit(self, cond: Condition, *, rng: torch.Generator, guidance_scale: float, steps: int = 50) -> State:
         """Walk the model's own guided sampler from noise, each sample to its own uniformly drawn grid point.
 
-        `x` has exactly the noise level of the `t` returned. Works on views: a student's view gives the student's trajectory.
+        `x` has exactly the noise level of the `t` returned. On a student's view it is the student's trajectory.
         """
         ...
 

@@ -11,8 +11,8 @@ ROOT = Path(__file__).resolve().parent.parent
 def catalogue(package: str) -> dict[str, Path]:
     """List what a package offers without importing any of it.
 
-    Every file `expunge/<package>/**/<name>.py` whose name has no leading underscore counts. Raises InputError if there is
-    no such package or if two files share a stem.
+    Every file `expunge/<package>/**/<name>.py` whose name has no leading underscore counts. Raises InputError if there
+    is no such package or if two files share a stem.
     """
     folder = ROOT / package
     if not folder.is_dir():

@@ -1,0 +1,1 @@
+"""Named pieces of mathematics that methods are put together from."""

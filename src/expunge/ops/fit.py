@@ -1,0 +1,44 @@
+"""The one training loop."""
+
+from collections.abc import Callable
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expunge.core.errors import InputError
+from expunge.core.eraser import Run
+from expunge.ops.student import Trainee
+
+
+def fit(
+    student: Trainee,
+    loss: Callable[[int], Float[Tensor, ""]],
+    run: Run,
+    *,
+    steps: int,
+    lr: float,
+    clip: float | None = None,
+) -> None:
+    """Move a student's masters down a loss with Adam at a constant step size, without weight decay.
+
+    loss: gives the scalar of a step, counted from 0. clip: bound on the norm of all gradients together. Every step logs
+    "loss" and "grad_norm" (before clipping) to the run and reports progress. Raises InputError for steps < 1 and when
+    the loss is no longer finite; the masters then hold the last finite step.
+    """
+    if steps < 1:
+        raise InputError(f"steps is {steps}; legal: 1 and above")
+    parameters = list(student.parameters)
+    optimizer = torch.optim.Adam(parameters, lr=lr)
+    for step in range(steps):
+        optimizer.zero_grad(set_to_none=True)
+        value = loss(step)
+        if not bool(torch.isfinite(value)):
+            raise InputError(f"the loss is {value.item()} at step {step}; lower lr (now {lr})")
+        with student.lending():
+            value.backward()
+        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
+        optimizer.step()
+        run.log("loss", step, value.item())
+        run.log("grad_norm", step, norm.item())
+        run.progress("fit", step + 1, steps)

@@ -1,0 +1,129 @@
+"""Closed-form weight edits: ridge regression towards the old weights, in float64.
+
+Rows are embeddings ("n in"), a weight W is "out in" and reads a row k as W k. Everything here solves
+
+    min over W'  of  sum_i gain_i |W' k_i - v_i|^2  +  ridge |W' - W|_F^2 .
+
+With D = ridge I + sum_i gain_i k_i k_i^T the answer is W' = W + sum_i gain_i (v_i - W k_i) (D^-1 k_i)^T. D does not depend
+on W, so all layers that read the same text share one factorisation. No inverse is ever formed.
+"""
+
+import warnings
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expunge.core.errors import InputError
+
+# Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them.
+_CUT = 1e-10
+
+
+class Gram:
+    """A factorised D = ridge I + sum_i gain_i k_i k_i^T.
+
+    Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge: eigenvectors,
+    directions below 1e-10 of the largest eigenvalue are dropped with a RuntimeWarning. Equal rows are merged first.
+    """
+
+    def __init__(self, rows: Float[Tensor, "n in"], gain: Float[Tensor, "n"], ridge: float) -> None:
+        if ridge < 0 or not bool((gain >= 0).all()):
+            raise InputError(f"ridge {ridge} and gains (smallest {gain.min().item()}) must not be negative")
+        self.ridge = ridge
+        z = _merged(rows.double(), gain.double())
+        self._rows = z
+        self._wood = ridge > 0 and z.shape[0] <= z.shape[1] // 2
+        inner = z @ z.T if self._wood else z.T @ z
+        inner.diagonal().add_(ridge)
+        if ridge > 0:
+            self._factor = torch.linalg.cholesky(inner)
+        else:
+            self._values, self._factor = _spectrum(inner)
+
+    def solve(self, rows: Float[Tensor, "r in"]) -> Float[Tensor, "r in"]:
+        """Give D^-1 k for every row k, in float64."""
+        right = rows.double().T
+        if self._wood:
+            z = self._rows
+            return ((right - z.T @ torch.cholesky_solve(z @ right, self._factor)) / self.ridge).T
+        if self.ridge > 0:
+            return torch.cholesky_solve(right, self._factor).T
+        return (self._factor @ ((self._factor.T @ right) / self._values[:, None])).T
+
+
+@dataclass(frozen=True)
+class SharedEdit:
+    """One operator M that edits every layer reading the text: W' = W M, M = I + moves^T duals.
+
+    Its factors take 2 r in numbers; rank(W' - W) <= r, the number of erased rows.
+    Source: UCE (arXiv:2308.14761, eq. 7), written as a rank-r update.
+    """
+
+    moves: Float[Tensor, "r in"]
+    """Gain-weighted differences goal - key."""
+    duals: Float[Tensor, "r in"]
+    """D^-1 key."""
+
+    def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
+        """Give W' - W in float64: (W moves^T) duals."""
+        return (weight.double() @ self.moves.T) @ self.duals
+
+    def matrix(self) -> Float[Tensor, "in in"]:
+        """Give M in float64, for diagnostics: c -> M^-1 c undoes the edit wherever M is regular."""
+        eye = torch.eye(self.moves.shape[1], dtype=torch.float64, device=self.moves.device)
+        return eye + self.moves.T @ self.duals
+
+
+def shared_edit(
+    keys: Float[Tensor, "r in"],
+    goals: Float[Tensor, "r in"],
+    gain: Float[Tensor, "r"],
+    retain: Float[Tensor, "m in"],
+    retain_gain: Float[Tensor, "m"],
+    ridge: float,
+) -> SharedEdit:
+    """Send every key to what its goal gave, hold the retained rows, stay near the old weights.
+
+    Minimizes sum gain |W' k - W g|^2 + sum retain_gain |W' p - W p|^2 + ridge |W' - W|^2 for all W at once. Retained
+    rows enter D only: if no key moves, nothing changes, exactly.
+    """
+    gram = Gram(torch.cat([keys, retain]), torch.cat([gain, retain_gain]), ridge)
+    moves = gain.double()[:, None] * (goals.double() - keys.double())
+    return SharedEdit(moves=moves, duals=gram.solve(keys))
+
+
+def ridge_edit(
+    weight: Float[Tensor, "out in"],
+    keys: Float[Tensor, "n in"],
+    values: Float[Tensor, "n out"],
+    gain: Float[Tensor, "n"],
+    ridge: float,
+) -> Float[Tensor, "out in"]:
+    """Give the weight that sends keys to values and stays near the old one, in float64.
+
+    argmin over W' of sum gain |W' k - v|^2 + ridge |W' - W|^2. For values that are not the old weight's own outputs;
+    where they are, `shared_edit` serves all layers with one solve.
+    """
+    old = weight.double()
+    wrong = gain.double()[:, None] * (values.double() - keys.double() @ old.T)
+    return old + wrong.T @ Gram(keys, gain, ridge).solve(keys)
+
+
+def _merged(rows: Tensor, gain: Tensor) -> Tensor:
+    """Scale rows by sqrt(gain), equal rows taken together: every prompt repeats the opening token."""
+    unique, where = torch.unique(rows, dim=0, return_inverse=True)
+    weight = torch.zeros(unique.shape[0], dtype=torch.float64, device=rows.device).index_add_(0, where, gain)
+    return unique * weight.sqrt()[:, None]
+
+
+def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    values, vectors = torch.linalg.eigh(matrix)
+    kept = values > _CUT * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
+    if not bool(kept.all()):
+        text = (
+            f"ridge is 0 and the rows span {int(kept.sum())} of {len(values)} directions; the others stay as they are"
+        )
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    return values[kept], vectors[:, kept]

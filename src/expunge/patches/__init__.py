@@ -1,0 +1,1 @@
+"""The three kinds of change: full weights, low-rank factors, guards."""

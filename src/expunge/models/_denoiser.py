@@ -1,0 +1,239 @@
+"""What all denoisers share: their own sampler, walked step by step so that views and guards apply.
+
+`x` is always what the network reads (diffusers' `scale_model_input`), x = sqrt(a) x0 + sqrt(1 - a) eps with
+a = alphas_cumprod[timestep], whatever space the scheduler steps in. `t` = timestep / num_train_timesteps.
+"""
+
+import copy
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers.utils.torch_utils import randn_tensor
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from expunge.core.condition import Condition
+from expunge.core.errors import InputError
+from expunge.core.generator import State
+from expunge.models._base import Adapter
+
+PREDICTIONS = ("epsilon", "v_prediction")
+"""What a U-Net here may predict: eps, or v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho, arXiv:2202.00512)."""
+
+_MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler)  # a step depends on x alone: samples may leave the batch
+
+
+class Denoiser(Adapter):
+    """Sampling and states for a network that predicts noise or velocity; a subclass says how it is called."""
+
+    scheduler: SchedulerMixin
+    latent: tuple[int, int, int]
+    """Channels, height and width of a latent."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(iter(self._base.values())).device
+
+    def encode(self, prompts: Sequence[str]) -> Condition:
+        """Encode prompts, padding included."""
+        raise NotImplementedError
+
+    def predict_at(self, x: Float[Tensor, "b c h w"], timestep: Tensor, cond: Condition) -> Float[Tensor, "b c h w"]:
+        """Run the network at a scheduler timestep, one for all samples or one each."""
+        raise NotImplementedError
+
+    def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
+        """Turn clean latents into images in [0, 1]."""
+        raise NotImplementedError
+
+    def predict(self, state: State, cond: Condition) -> Float[Tensor, "b ..."]:
+        """Give the network's native prediction (eps or v) at a state; one prompt may serve the whole batch.
+
+        Raises InputError if neither one prompt nor one prompt per sample is given.
+        """
+        size = state.x.shape[0]
+        if len(cond) not in (1, size):
+            raise InputError(f"{len(cond)} prompts for {size} states; give one, or one each")
+        if len(cond) != size:
+            cond = _spread(cond, size)
+        return self.predict_at(state.x, self._timestep(state), cond)
+
+    def distance(self, pred: Float[Tensor, "b ..."], goal: Float[Tensor, "b ..."]) -> Float[Tensor, "b"]:
+        """Mean squared error of two predictions per sample, computed in at least float32."""
+        wide = torch.promote_types(pred.dtype, torch.float32)
+        return (pred.to(wide) - goal.to(wide)).square().flatten(1).mean(1)
+
+    @torch.no_grad()
+    def visit(self, cond: Condition, *, rng: torch.Generator, guidance_scale: float, steps: int = 50) -> State:
+        """Walk the model's own guided sampler from noise, each sample to its own uniformly drawn grid point.
+
+        Every point where the sampler would ask the network is equally likely, the initial noise included. `x` has
+        exactly the noise level of `t`: after a DDIM step from timestep s that is s - N // steps, which differs from
+        the grid by less than one timestep where steps do not divide N. Samples that have arrived leave the batch
+        (DDIM, Euler), so a batch costs about half of `steps` guided calls each.
+        """
+        scheduler = self._started(steps)
+        size = len(cond)
+        x = self._noise(size, rng) * scheduler.init_noise_sigma
+        grid = _grid(scheduler)
+        stops = grid[torch.randint(len(grid), (size,), generator=rng, device=rng.device).cpu()]
+        cond, uncond = self._pair(cond, self.encode([""]))
+        found, alive = torch.empty_like(x), torch.arange(size)
+        for index, timestep in enumerate(scheduler.timesteps):
+            here, going = stops[alive] == index, stops[alive] > index
+            found[alive[here]] = scheduler.scale_model_input(x, timestep)[here]
+            if not going.any():
+                break
+            if isinstance(scheduler, _MEMORYLESS) and not going.all():
+                x, alive = x[going], alive[going]
+                cond, uncond = cond.take(going.nonzero()[:, 0]), uncond.take(going.nonzero()[:, 0])
+            x = self._advance(scheduler, x, timestep, cond, uncond, guidance_scale, rng)
+        return State(x=found, t=self._levels(scheduler)[stops].to(self.device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        seeds: Sequence[int],
+        guidance_scale: float,
+        steps: int,
+        negative: Sequence[str] | None = None,
+    ) -> Float[Tensor, "b 3 h w"]:
+        """Draw one image in [0, 1] per prompt and seed with the model's own sampler, as the stock pipeline does.
+
+        u + guidance_scale * (c - u), u under `negative` or the empty prompt; guidance_scale 1 asks the network once
+        per step, any other value in one call for both. Each image's noise comes from its own CPU generator, so what
+        else is in the batch changes it by float rounding only. Raises InputError for lengths that disagree.
+        """
+        for what, given in (("seeds", seeds), ("negative prompts", negative)):
+            if given is not None and len(given) != len(prompts):
+                raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
+        scheduler = self._started(steps)
+        rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        x = self._noise(len(prompts), rngs) * scheduler.init_noise_sigma
+        cond, uncond = self._pair(self.encode(prompts), self.encode([""] if negative is None else negative))
+        for timestep in scheduler.timesteps:
+            x = self._advance(scheduler, x, timestep, cond, uncond, guidance_scale, rngs)
+        images = self.decode(x)
+        for guard in self.guards:
+            images = guard.image(images)
+        return images
+
+    def noised(self, clean: Float[Tensor, "b c h w"], *, rng: torch.Generator) -> State:
+        """Noise clean latents to a uniformly drawn level of the training schedule.
+
+        x = sqrt(a) clean + sqrt(1 - a) eps; the noise is `(x - sqrt(a) clean) / sqrt(1 - a)`.
+        """
+        size, total = clean.shape[0], self.scheduler.config.num_train_timesteps
+        timestep = torch.randint(total, (size,), generator=rng, device=rng.device).to(self.device)
+        eps = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
+        a = self._alpha_bar(timestep.float()).to(clean.dtype)
+        return State(x=a.sqrt() * clean + (1 - a).sqrt() * eps, t=timestep.float() / total)
+
+    def as_eps(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Convert a native prediction to noise.
+
+        eps itself, or from v: eps = sqrt(a) v + sqrt(1 - a) x. Affine in `pred` with coefficients that sum to one
+        over any guidance combination, so guiding before or after the conversion is the same.
+        """
+        if self.scheduler.config.prediction_type == "epsilon":
+            return pred
+        a = self._alpha_bar(self._timestep(state)).to(pred.dtype)
+        return a.sqrt() * pred + (1 - a).sqrt() * state.x
+
+    def _advance(
+        self,
+        scheduler: SchedulerMixin,
+        x: Tensor,
+        timestep: Tensor,
+        cond: Condition,
+        uncond: Condition,
+        scale: float,
+        rng: torch.Generator | list[torch.Generator],
+    ) -> Tensor:
+        """One guided sampler step in the scheduler's own space."""
+        ready = scheduler.scale_model_input(x, timestep)
+        pred = self._guided(ready, timestep, cond, uncond, scale)
+        named: dict[str, Any] = {"return_dict": False}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            named["generator"] = rng
+        return scheduler.step(pred, timestep, x, **named)[0]
+
+    def _guided(self, x: Tensor, timestep: Tensor, cond: Condition, uncond: Condition, scale: float) -> Tensor:
+        if scale == 1 and not self.guards:
+            return self.predict_at(x, timestep, cond)
+        u, c = self.predict_at(torch.cat([x, x]), timestep, Condition.cat([uncond, cond])).chunk(2)
+        if not self.guards:
+            return u + scale * (c - u)
+        state = State(x=x, t=(timestep.float() / self.scheduler.config.num_train_timesteps).expand(x.shape[0]))
+        return self._guarded(state, c, u, scale)
+
+    def _guarded(self, state: State, c: Tensor, u: Tensor, scale: float) -> Tensor:
+        """Let the guards combine in turn: each next one sees the prompt prediction that explains the last result.
+
+        guided = u + scale * (c' - u) defines c'.
+        """
+        if scale == 0 and len(self.guards) > 1:
+            raise InputError("guidance scale 0 leaves nothing for a second guard to combine; use another scale")
+        guided = self.guards[0].combine(self, state, c, u, scale)
+        for guard in self.guards[1:]:
+            guided = guard.combine(self, state, u + (guided - u) / scale, u, scale)
+        return guided
+
+    def _pair(self, cond: Condition, uncond: Condition) -> tuple[Condition, Condition]:
+        for guard in self.guards:
+            cond = guard.condition(cond)
+        return cond, _spread(uncond, len(cond)) if len(uncond) == 1 else uncond
+
+    def _started(self, steps: int) -> SchedulerMixin:
+        """A private copy of the scheduler: walks never share its counters and histories."""
+        total = self.scheduler.config.num_train_timesteps
+        if not 1 <= steps <= total:
+            raise InputError(f"{steps} sampler steps; legal: 1 to {total}")
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
+    def _noise(self, size: int, rng: torch.Generator | list[torch.Generator]) -> Tensor:
+        dtype = next(iter(self._base.values())).dtype
+        return randn_tensor((size, *self.latent), generator=rng, device=self.device, dtype=dtype)
+
+    def _levels(self, scheduler: SchedulerMixin) -> Float[Tensor, "n"]:
+        """The t at whose noise level x is when the network is asked, per call."""
+        times = scheduler.timesteps.float().cpu()
+        total = self.scheduler.config.num_train_timesteps
+        if isinstance(scheduler, DDIMScheduler):
+            times = torch.cat([times[:1], times[:-1] - total // scheduler.num_inference_steps])
+        return times / total
+
+    def _timestep(self, state: State) -> Float[Tensor, "b"]:
+        """Timesteps of a state; whole ones come back exactly, in spite of the rounding of t."""
+        if state.t is None:
+            raise InputError("a denoiser's state needs its noise level t; this one has none")
+        timestep = state.t.to(self.device) * self.scheduler.config.num_train_timesteps
+        whole = timestep.round()
+        return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
+
+    def _alpha_bar(self, timestep: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
+        """alphas_cumprod at a timestep, linear between whole ones."""
+        table = self.scheduler.alphas_cumprod.to(self.device)
+        low = timestep.floor().long().clamp(0, len(table) - 1)
+        high = (low + 1).clamp(max=len(table) - 1)
+        return torch.lerp(table[low], table[high], (timestep - low).to(table.dtype))[:, None, None, None]
+
+
+def _grid(scheduler: SchedulerMixin) -> Int[Tensor, "n"]:
+    """Calls at which x stands on the grid: where a timestep is asked twice (PNDM, Heun), the second time."""
+    times = scheduler.timesteps.cpu()
+    last = torch.ones(len(times), dtype=torch.bool)
+    last[:-1] = times[:-1] != times[1:]
+    return last.nonzero()[:, 0]
+
+
+def _spread(cond: Condition, size: int) -> Condition:
+    return cond.take(torch.zeros(size, dtype=torch.long, device=cond.tokens.device))

@@ -1,0 +1,220 @@
+"""From a name or a folder to a generator. Every way a folder can be wrong is one InputError that names the part."""
+
+import json
+import os
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DiffusionPipeline,
+    SchedulerMixin,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from expunge.core.errors import InputError, unknown
+from expunge.models._names import EMBEDDED, TINY, embedded_names, model_names
+from expunge.models.tiny import tiny_pipeline
+from expunge.models.unet import UNetGenerator
+
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_SD: dict[str, type] = {
+    "unet": UNet2DConditionModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+    "scheduler": SchedulerMixin,
+}
+_SDXL: dict[str, type] = {**_SD, "text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
+_PIPELINES = {StableDiffusionPipeline.__name__: _SD, StableDiffusionXLPipeline.__name__: _SDXL}
+
+
+def load(
+    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+) -> UNetGenerator:
+    """Open a model: an embedded or toy name, a diffusers folder, or a hub id "org/name" unless HF_HUB_OFFLINE is set.
+
+    Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. Single-file community
+    checkpoints are not read yet. Raises InputError for unknown names, folders of another pipeline class, missing or
+    mismatched parts, truncated files, and devices that are not there.
+    """
+    name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
+    if name in TINY:
+        return UNetGenerator(tiny_pipeline(name, dtype=kind).to(place), name)
+    if name in embedded_names():
+        return UNetGenerator(open_folder(EMBEDDED / name, kind).to(place), name)
+    path = Path(name_or_path)
+    if path.is_dir():
+        return UNetGenerator(open_folder(path, kind).to(place), name)
+    if path.is_file():
+        raise InputError(f"model {name!r} is a single file; give a diffusers folder (unet/, vae/, text_encoder/, ...)")
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.environ.get("HF_HUB_OFFLINE"):
+        return UNetGenerator(open_folder(_downloaded(name), kind).to(place), name)
+    raise unknown("model", name, (*model_names(), "a diffusers folder"))
+
+
+def open_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+    """Open a StableDiffusionPipeline or StableDiffusionXLPipeline folder, without safety checker or watermark."""
+    index = _json(folder / "model_index.json")
+    kind = index.get("_class_name")
+    if kind not in _PIPELINES:
+        raise InputError(f"model folder {str(folder)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
+    parts = {part: _part(folder, part, expected, index, dtype) for part, expected in _PIPELINES[kind].items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers corrects outdated schedulers, and says so each time
+        if kind == StableDiffusionXLPipeline.__name__:
+            zeros = index.get("force_zeros_for_empty_prompt", True)
+            return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
+        unchecked: dict[str, Any] = {
+            "safety_checker": None,
+            "feature_extractor": None,
+            "requires_safety_checker": False,
+        }
+        return StableDiffusionPipeline(**parts, **unchecked)
+
+
+def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype: torch.dtype) -> Any:
+    place = folder / part
+    named = (index.get(part) or [None, None])[1]
+    if named is None or not place.is_dir():
+        raise InputError(f"model folder {str(folder)!r} has no part {part!r}")
+    try:
+        if issubclass(expected, nn.Module):
+            return _network(place, expected, named, dtype)
+        if expected is CLIPTokenizer:
+            return _tokenizer(place, named)
+        return _scheduler(place, named)
+    except (RuntimeError, KeyError, TypeError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # a disk error is not the folder's fault
+        raise InputError(f"part {part!r} of {str(folder)!r} cannot be read: {_line(error)}") from error
+
+
+def _network(place: Path, expected: Any, named: str, dtype: torch.dtype) -> nn.Module:
+    if named != expected.__name__:
+        raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: {expected.__name__}")
+    _json(place / "config.json")
+    with _quiet():
+        model, info = expected.from_pretrained(
+            place,
+            torch_dtype=dtype,
+            variant=_variant(place),
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    lost = sorted(info["missing_keys"]) + sorted(str(key) for key in info["mismatched_keys"])
+    if lost:
+        raise InputError(f"weights in {str(place)!r} lack or misfit {len(lost)} tensors, first {lost[0]!r}")
+    return model
+
+
+def _tokenizer(place: Path, named: str) -> CLIPTokenizer:
+    if named not in ("CLIPTokenizer", "CLIPTokenizerFast"):
+        raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: CLIPTokenizer")
+    if not (place / "tokenizer.json").is_file() and not (place / "vocab.json").is_file():
+        raise InputError(f"part {place.name!r} of {str(place.parent)!r} has neither tokenizer.json nor vocab.json")
+    return CLIPTokenizer.from_pretrained(place, local_files_only=True)
+
+
+def _scheduler(place: Path, named: str) -> SchedulerMixin:
+    cls = getattr(diffusers, named, None)
+    if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
+        raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}, which is no diffusers scheduler")
+    _json(place / "scheduler_config.json")
+    return cls.from_pretrained(place, local_files_only=True)
+
+
+def _variant(place: Path) -> str | None:
+    """Find the weights in a component's folder, check that every file is whole, and name their variant."""
+    stem = "model" if (place.name).startswith("text_encoder") else "diffusion_pytorch_model"
+    for variant in (None, "fp16"):
+        tail = f".{variant}" if variant else ""
+        single, index = place / f"{stem}{tail}.safetensors", place / f"{stem}.safetensors.index{tail}.json"
+        if single.is_file():
+            _whole(single)
+            return variant
+        if index.is_file():
+            for shard in sorted(set(_json(index)["weight_map"].values())):
+                _whole(place / shard)
+            return variant
+    pickled = " (pickled weights are not read)" if list(place.glob("*.bin")) else ""
+    raise InputError(f"part {place.name!r} of {str(place.parent)!r} has no {stem}.safetensors{pickled}")
+
+
+def _whole(file: Path) -> None:
+    if not file.is_file():
+        raise InputError(f"weight file {str(file)!r} is missing")
+    try:
+        with safe_open(file, "pt"):
+            pass
+    except SafetensorError as error:
+        raise InputError(f"weight file {str(file)!r} is truncated or damaged: {_line(error)}") from error
+
+
+def _json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise InputError(f"model folder {str(file.parent)!r} has no {file.name}")
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"file {str(file)!r} is not JSON: {_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"file {str(file)!r} does not hold a JSON object")
+    return content
+
+
+def _downloaded(name: str) -> Path:
+    try:
+        return Path(DiffusionPipeline.download(name, use_safetensors=True))
+    except (OSError, ValueError) as error:
+        raise InputError(f"model {name!r} is no local folder and the hub does not give it: {_line(error)}") from error
+
+
+def _device(name: str | torch.device) -> torch.device:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"unknown device {str(name)!r}; legal: cpu, cuda, cuda:<n>, mps") from error
+    if (device.type == "cuda" and not torch.cuda.is_available()) or (
+        device.type == "mps" and not torch.backends.mps.is_available()
+    ):
+        raise InputError(f"device {str(name)!r} is not available on this machine; legal: cpu")
+    return device
+
+
+def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    return DTYPES[dtype or "float32"]
+
+
+def _line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep transformers' loading bars off the screen of whoever calls a library."""
+    shown = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            transformers_logging.enable_progress_bar()

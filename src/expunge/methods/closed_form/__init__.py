@@ -1,0 +1,1 @@
+"""Erasers that solve for the new weights."""

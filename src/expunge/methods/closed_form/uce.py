@@ -1,0 +1,103 @@
+"""UCE: closed-form edit of the layers that read the prompt (Gandikota et al., WACV 2024)."""
+
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from expunge.core.concept import Request
+from expunge.core.condition import Condition
+from expunge.core.eraser import Eraser, Run
+from expunge.core.errors import InputError
+from expunge.core.generator import EditSite, Family, Generator
+from expunge.ops.ridge import SharedEdit, shared_edit
+from expunge.ops.rows import aligned_tails, subject_row
+from expunge.patches.weights import WeightPatch
+
+Pairs = list[tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class UCE(Eraser):
+    """Solve for key and value weights that send the target's embeddings to the anchor's old outputs.
+
+    W' = argmin strength · Σ ‖W' c − W c*‖² + retain_weight · Σ ‖W' p − W p‖² + ridge · ‖W' − W‖²_F over rows c of
+    the target, c* of the anchor, p of what is retained. All layers get W' = W M with one M, so on embeddings where
+    M is regular c → M⁻¹ c undoes the edit: closed-form erasure alone is no defence against embedding attacks.
+    Source: arXiv:2308.14761, eq. 7, and the two variants of the authors' code, which are different algorithms.
+    """
+
+    paper: ClassVar[str] = "arXiv:2308.14761"
+    families: ClassVar[frozenset[Family]] = frozenset({"unet"})
+
+    mode: Literal["uce2023", "uce2025"] = "uce2023"
+    """uce2023, the paper's: every row from the last word to the window's end, both aligned at their last words;
+    the empty prompt is retained with all its rows. uce2025: the last word's row only, nothing retained unasked."""
+
+    technique: Literal["replace", "tensor"] = "replace"
+    """replace: c* is the anchor. tensor (uce2023 only): the anchor's output less its component along the target's,
+    v − ⟨u, v⟩ u with u = W c / ‖W c‖, norms over all rows of a prompt."""
+
+    strength: float = 1.0
+    """a in a · Σ ‖W' c − W c*‖². 0: nothing changes. The authors' code: 1."""
+
+    retain_weight: float | None = None
+    """b in b · Σ ‖W' p − W p‖². None is the authors' rule: max(0.1, 1 / number of retained prompts, the empty one
+    counted) in uce2023, 1 in uce2025."""
+
+    ridge: float = 0.5
+    """lam in lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5."""
+
+    templates: tuple[str, ...] = ("{}",)
+    """Every target phrase is edited in each of these, its anchor in the same; an empty anchor stays empty. The
+    authors' prompt expansion uses five, such as "image of {}"."""
+
+    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
+        """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
+        sites = [site for site in model.sites("text_in") if site.reads == "tokens"]
+        if not sites:
+            raise InputError(f"uce edits layers that read the prompt alone; family {model.family!r} has none")
+        if self.mode == "uce2025" and self.technique == "tensor":
+            raise InputError("technique 'tensor' exists for mode 'uce2023' only; legal with 'uce2025': replace")
+        pairs = self._pairs(model, request)
+        edit = self._solve(pairs, self._retained(model, request))
+        deltas = {}
+        for done, site in enumerate(sites, 1):
+            own = replace(edit, moves=self._off_target(site, pairs)) if self.technique == "tensor" else edit
+            wide = torch.promote_types(site.weight.dtype, torch.float32)
+            deltas[site.path] = own.delta(site.weight).to(wide)
+            run.progress("layers", done, len(sites))
+        return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
+
+    def _pairs(self, model: Generator, request: Request) -> Pairs:
+        texts = [(form.format(t), form.format(a) if a else "") for t, a in request.pairs for form in self.templates]
+        target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
+        if self.mode == "uce2023":
+            return [aligned_tails(target, anchor, row) for row in range(len(texts))]
+        return [(subject_row(target, row), subject_row(anchor, row)) for row in range(len(texts))]
+
+    def _retained(self, model: Generator, request: Request) -> list[Tensor]:
+        texts = [prompt for concept in request.retain for prompt in concept.prompts]
+        if self.mode == "uce2023":
+            return list(model.encode(["", *texts]).tokens)
+        kept: Condition | None = model.encode(texts) if texts else None
+        return [] if kept is None else [subject_row(kept, row) for row in range(len(texts))]
+
+    def _solve(self, pairs: Pairs, kept: list[Tensor]) -> SharedEdit:
+        weight = self.retain_weight
+        if weight is None:
+            weight = max(0.1, 1 / len(kept)) if self.mode == "uce2023" else 1.0
+        keys, goals = (torch.cat(side) for side in zip(*pairs, strict=True))
+        rows = torch.cat([*kept, keys[:0]])
+        gain, retain_gain = torch.full(keys.shape[:1], self.strength), torch.full(rows.shape[:1], weight)
+        return shared_edit(keys, goals, gain, rows, retain_gain, self.ridge)
+
+    def _off_target(self, site: EditSite, pairs: Pairs) -> Tensor:
+        """Moves of one layer in the tensor technique: goal g − alpha · c, alpha = ⟨W c, W g⟩ / ‖W c‖² per pair."""
+        weight, moves = site.weight.double(), []
+        for key, goal in pairs:
+            before, values = key.double() @ weight.T, goal.double() @ weight.T
+            alpha = (before * values).sum() / before.square().sum()
+            moves.append(self.strength * (goal.double() - alpha * key.double() - key.double()))
+        return torch.cat(moves)

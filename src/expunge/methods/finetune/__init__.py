@@ -1,0 +1,1 @@
+"""Erasers that train part of the network."""

@@ -1,0 +1,128 @@
+"""All but One, a reconstruction: move only the target's guidance, hold the unconditional prediction (AAAI 2024).
+
+RECONSTRUCTION: the full text was not available to us and no official code exists. Objective, projection and every
+default here are our reading of the abstract of Hong, Lee and Woo; nothing may be reported as "the paper's number".
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from expunge.core.concept import Request
+from expunge.core.eraser import Eraser, Run
+from expunge.core.generator import Family, Generator, State
+from expunge.ops.fit import fit
+from expunge.ops.student import Student
+from expunge.ops.surgery import surgical
+from expunge.ops.trajectory import Goals, Walk, predict_each
+from expunge.patches.weights import WeightPatch
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllButOne(Eraser):
+    """Reconstruction: train only the target's guidance term while the unconditional prediction is held in place.
+
+    loss = ‖ g_student(target) − g_goal ‖² + drift_weight · ‖ eps_student("") − eps("") ‖²,
+    g(c) = eps(x_t, t, c) − eps(x_t, t, ""), and g_goal = g(anchor) of the frozen model if an alternative is
+    given, −strength · g(target) if not. At zero loss the guided sample of the target is the frozen model's guided
+    sample of the anchor, at every guidance scale. Our reading of the abstract, not the authors' algorithm.
+    """
+
+    paper: ClassVar[str] = "arXiv:2312.12807"
+    families: ClassVar[frozenset[Family]] = frozenset({"unet"})
+    reconstruction: ClassVar[bool] = True
+
+    group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "cross_attention"
+    """What is trained. Every choice moves the empty prompt's prediction too, so the second term is never vacuous."""
+
+    constraint: Literal["penalty", "projection", "lagrangian"] = "penalty"
+    """How the drift is held. penalty: the sum above. projection: the first gradient u loses its part against the
+    second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then + drift_weight · v. lagrangian: drift_weight is the starting value of
+    a multiplier that rises by dual_lr · (drift − drift_budget) each step, never below 0."""
+
+    strength: float = 1.0
+    """eta in g_goal = −eta · g(target), for targets without an alternative. 0: the guidance vanishes."""
+
+    drift_weight: float = 1.0
+    """Weight of the drift term. 0: the unconditional prediction is free (penalty only). Ours: 1."""
+
+    grad_through_uncond: bool = False
+    """Whether eps_student("") inside g carries gradient. Off: the first term moves only the conditional branch."""
+
+    retain_weight: float = 0.0
+    """Weight of ‖ g_student(r) − g(r) ‖² for a retained concept r drawn per state; 0 leaves the term out."""
+
+    drift_budget: float = 1e-4
+    """Mean squared drift the multiplier aims at (lagrangian only)."""
+
+    dual_lr: float = 100.0
+    """Rise of the multiplier per unit of excess drift and step (lagrangian only)."""
+
+    trajectory: Literal["teacher", "student"] = "teacher"
+    """Whose sampler makes the states: a pool walked once by the frozen model, or the student anew each step."""
+
+    pool: int = 64
+    """States walked up front when trajectory is teacher; each step draws `batch` of them."""
+
+    walk: int = 50
+    """Sampler steps of a whole trajectory; each state stops at a uniformly drawn one."""
+
+    guidance_scale: float = 3.0
+    """w in u + w · (c − u) along the trajectory."""
+
+    steps: int = 200
+    """Optimizer steps."""
+
+    lr: float = 5e-5
+    """Adam's step size, constant."""
+
+    batch: int = 4
+    """States per step."""
+
+    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
+        """Patch of full weight deltas on `group`; logs the drift of the unconditional prediction at every step."""
+        student = Student.of(model, self.group)
+        kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retain_weight else []
+        plan = [(target, anchor, other) for target, anchor in request.pairs for other in kept or [""]]
+        target = model.encode([t for t, _, _ in plan])
+        heading = model.encode([a or t for t, a, _ in plan])  # whose guidance the target is given, times scale
+        scale = torch.tensor([1.0 if a else -self.strength for _, a, _ in plan])
+        other = model.encode([r for _, _, r in plan])
+        uncond = model.encode([""] * len(plan))
+
+        def teach(state: State, which: Tensor) -> Goals:
+            rows = (uncond, heading, other) if kept else (uncond, heading)
+            u, h, *r = predict_each(model, state, [cond.take(which) for cond in rows])
+            return u, scale[which].to(u).view(-1, *[1] * (u.ndim - 1)) * (h - u), *(p - u for p in r)
+
+        walk = Walk(prompts=target, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
+        if self.trajectory == "teacher":
+            lesson = walk.pooled(model, teach, run, size=self.pool)
+        else:
+            lesson = walk.fresh(student.view, teach, run)
+        multiplier = self.drift_weight
+
+        def loss(step: int) -> Tensor:
+            nonlocal multiplier
+            now = lesson(step)
+            u0, goal, *g0 = now.goals
+            rows = (uncond, target, other) if kept else (uncond, target)
+            u, c, *r = predict_each(student.view(), now.state, [cond.take(now.which) for cond in rows])
+            inner = u if self.grad_through_uncond else u.detach()
+            wish = model.distance(c - inner, goal).mean()
+            for pred, old in zip(r, g0, strict=True):
+                wish = wish + self.retain_weight * model.distance(pred - inner, old).mean()
+            drift = model.distance(u, u0).mean()
+            run.log("drift", step, drift.item())
+            if self.constraint == "projection":
+                with student.lending():
+                    return surgical(wish, drift, student.parameters, self.drift_weight)
+            total = wish + multiplier * drift
+            if self.constraint == "lagrangian":
+                multiplier = max(0.0, multiplier + self.dual_lr * (drift.item() - self.drift_budget))
+            return total
+
+        fit(student, loss, run, steps=self.steps, lr=self.lr)
+        return student.patch()

@@ -1,0 +1,42 @@
+"""Rows of conditions and states: points out of a batch, and embedding rows out of a prompt."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from expunge.core.condition import Condition
+from expunge.core.generator import State
+
+
+def pick_state(state: State, index: Int[Tensor, "n"]) -> State:
+    """State whose row i is row index[i] of `state`; an index may repeat."""
+    return State(x=state.x[index], t=None if state.t is None else state.t[index])
+
+
+def join_states(states: list[State]) -> State:
+    """One state that holds the rows of all given states, in order."""
+    times = [state.t for state in states if state.t is not None]
+    return State(x=torch.cat([state.x for state in states]), t=torch.cat(times) if times else None)
+
+
+def subject_row(cond: Condition, row: int) -> Float[Tensor, "1 d"]:
+    """The one embedding row of prompt `row` at its last subject token (the start token for an empty prompt)."""
+    return cond.tokens[row, cond.last[row]][None]
+
+
+def tail_rows(cond: Condition, row: int, length: int | None = None) -> Float[Tensor, "n d"]:
+    """Embedding rows of prompt `row` from its last subject token to the window's end: word, closing token, padding.
+
+    length cuts the run from its far end; without it n = window − last.
+    """
+    start = int(cond.last[row])
+    return cond.tokens[row, start:][:length]
+
+
+def aligned_tails(target: Condition, anchor: Condition, row: int) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Tails of two prompts, both starting at their own last subject token and cut to the shorter one.
+
+    n = window − max(last_target, last_anchor), as in the 2023 script of UCE (arXiv:2308.14761).
+    """
+    length = target.tokens.shape[1] - max(int(target.last[row]), int(anchor.last[row]))
+    return tail_rows(target, row, length), tail_rows(anchor, row, length)

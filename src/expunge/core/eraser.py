@@ -57,10 +57,6 @@ class Eraser(ABC):
     paper: ClassVar[str]
     """"arXiv:<id>" or a DOI."""
     families: ClassVar[frozenset[Family]]
-    reconstruction: ClassVar[bool] = False
-    """Whether the full text or code was missing, so that this is our reading of it; said wherever it is listed."""
-    uses_anchor: ClassVar[bool] = True
-    """Whether the request's anchors have any effect."""
     claims: ClassVar[Mapping[str, bool]] = MappingProxyType(
         {"deterministic": True, "gradients": True, "inner_optimization": False}
     )

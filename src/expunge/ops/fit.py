@@ -6,8 +6,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expunge.core.errors import InputError
 from expunge.core.eraser import Run
+from expunge.core.errors import InputError
 from expunge.ops.student import Trainee
 
 

@@ -4,8 +4,8 @@ Rows are embeddings ("n in"), a weight W is "out in" and reads a row k as W k. E
 
     min over W'  of  sum_i gain_i |W' k_i - v_i|^2  +  ridge |W' - W|_F^2 .
 
-With D = ridge I + sum_i gain_i k_i k_i^T the answer is W' = W + sum_i gain_i (v_i - W k_i) (D^-1 k_i)^T. D does not depend
-on W, so all layers that read the same text share one factorisation. No inverse is ever formed.
+With D = ridge I + sum_i gain_i k_i k_i^T the answer is W' = W + sum_i gain_i (v_i - W k_i) (D^-1 k_i)^T. D does not
+depend on W, so all layers that read the same text share one factorisation. No inverse is ever formed.
 """
 
 import warnings
@@ -24,8 +24,8 @@ _CUT = 1e-10
 class Gram:
     """A factorised D = ridge I + sum_i gain_i k_i k_i^T.
 
-    Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge: eigenvectors,
-    directions below 1e-10 of the largest eigenvalue are dropped with a RuntimeWarning. Equal rows are merged first.
+    Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge:
+    eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged.
     """
 
     def __init__(self, rows: Float[Tensor, "n in"], gain: Float[Tensor, "n"], ridge: float) -> None:

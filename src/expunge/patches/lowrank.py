@@ -38,7 +38,7 @@ class LowRankPatch:
         return model.view(weights=weights)
 
     def tensors(self) -> dict[str, Tensor]:
-        """Give the factors as `<module>.lora_A.weight` and `<module>.lora_B.weight`; peft and diffusers load them as is."""
+        """Give `<module>.lora_A.weight` and `<module>.lora_B.weight`, which peft and diffusers load as they are."""
         named = {}
         for path, (down, up) in self.factors.items():
             module = path.removesuffix(".weight")

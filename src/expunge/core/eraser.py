@@ -61,6 +61,10 @@ class Eraser(ABC):
         {"deterministic": True, "gradients": True, "inner_optimization": False}
     )
     """What standard attacks may assume about the erased model."""
+    reconstruction: ClassVar[bool] = False
+    """True where neither the paper's full text nor its code was available: our reading, never "the paper's number"."""
+    uses_anchor: ClassVar[bool] = True
+    """False where the method has no destination to send a target to, so a request's anchors do nothing."""
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Contract checks that do not apply, by name, with the reason."""
 

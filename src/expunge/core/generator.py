@@ -88,7 +88,11 @@ class Generator(Protocol):
 
     name: str
     family: Family
-    network: nn.Module
+
+    @property
+    def network(self) -> nn.Module:
+        """Every component under its diffusers name, as loaded; never written to."""
+        ...
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, padding included; differentiable in the text encoder's weights."""

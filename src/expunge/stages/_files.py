@@ -31,7 +31,7 @@ def temporary(path: Path) -> Path:
 
 
 def write_bytes(path: Path, data: bytes) -> None:
-    """Write `data` to `path` completely or not at all; raises OSError (for example a full disk) with `path` untouched."""
+    """Write `data` to `path` completely or not at all; a failing disk raises OSError and leaves `path` as it was."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:

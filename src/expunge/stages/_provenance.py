@@ -1,7 +1,8 @@
-"""Where an artifact came from: package versions, commit, sources, memory."""
+"""Where an artifact came from: base model, package versions, commit, sources, memory."""
 
 from __future__ import annotations
 
+import hashlib
 import inspect
 import json
 import platform
@@ -9,15 +10,63 @@ import resource
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution, version
 from pathlib import Path
 
+import torch
+from torch import Tensor
+
 import expunge
 from expunge.core.card import Provenance
+from expunge.core.generator import Generator
+from expunge.models._names import EMBEDDED, TINY, embedded_names
 from expunge.stages import _files
 
 PACKAGES = ("diffusers", "numpy", "peft", "safetensors", "torch", "transformers")
 ROOT = Path(expunge.__file__).parent
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """Where the base model came from."""
+
+    name: str
+    revision: str
+    licence: str
+
+
+def source_of(model: Generator, name: str, revision: str | None) -> Source:
+    """Describe a base model: its revision is the one asked for, or else the hash of its content."""
+    return Source(name=name, revision=revision or f"sha256:{model_fingerprint(model)}", licence=_licence(name))
+
+
+def _licence(name: str) -> str:
+    """Return the `license:` line of the model folder's README, as hubs write it."""
+    if name in TINY:
+        return "none: random weights"
+    folder = EMBEDDED / name if name in embedded_names() else Path(name)
+    readme = folder / "README.md"
+    lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []
+    stated = [line.partition(":")[2].strip() for line in lines if line.startswith("license:")]
+    return stated[0] if stated else "not stated in the model folder"
+
+
+def model_fingerprint(model: Generator) -> str:
+    """SHA-256 over everything a base model draws with: all tensors of all components, and its scheduler's settings."""
+    scheduler = getattr(model, "scheduler", None)  # token models have none
+    settings = json.dumps(dict(scheduler.config) if scheduler else {}, sort_keys=True, default=str)
+    return _files.sha256((settings + hash_tensors(model.network.state_dict())).encode())
+
+
+def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of tensors, sorted by name."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        tensor = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def packages() -> dict[str, str]:
@@ -34,7 +83,8 @@ def packages() -> dict[str, str]:
 def commit() -> tuple[str | None, bool | None]:
     """Return the commit of the library's source and whether the source differs from it.
 
-    Found in the git checkout that tracks this package, or else in pip's record of a `git+https` install; (None, None) if neither exists.
+    Found in the git checkout that tracks this package, or else in pip's record of a `git+https` install; (None, None)
+    if neither exists.
     """
     if _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return _pinned_commit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import inspect
 import json
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors import torch as safetensors
 from torch import Tensor
@@ -26,7 +24,7 @@ from expunge.core.registry import find
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _files
-from expunge.stages._provenance import provenance
+from expunge.stages._provenance import Source, hash_tensors, provenance
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -41,15 +39,6 @@ class Job:
     given: tuple[str, ...]
     request: Request
     seed: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Source:
-    """Where the base model came from."""
-
-    name: str
-    revision: str
-    licence: str
 
 
 @dataclass(frozen=True)
@@ -89,16 +78,6 @@ def fingerprint(model: Generator, tensors: Mapping[str, Tensor]) -> str:
     return hash_tensors({path: model.weight(path) for path in paths})
 
 
-def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes of tensors, sorted by name."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def changes(model: Generator, patch: Patch) -> dict[str, float]:
     """Relative change ||W' - W||_F / ||W||_F of every touched tensor, by path; a zero tensor that moves counts as 1."""
     view = patch.on(model)
@@ -126,11 +105,11 @@ def save(
     Raises InputError if the folder exists or the provenance cannot be found, OSError if the disk is full.
     """
     tensors = patch.tensors()
-    card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, recorded=recorded))
-    blob = serialize(tensors, _header(card))
-    card = dataclasses.replace(
-        card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob))
+    card = _card(
+        patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, recorded=recorded)
     )
+    blob = serialize(tensors, _header(card))
+    card = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob)))
     with _files.whole_folder(folder) as part:
         _files.write_bytes(part / PATCH, blob)
         _files.write_bytes(part / CARD, card.to_json().encode())
@@ -173,7 +152,9 @@ def load(path: Path) -> Artifact:
     folder = locate(path)
     card, blob = read_card(folder), _files.read_bytes(folder / PATCH)
     if len(blob) != card.patch.bytes:
-        raise InputError(f"{folder / PATCH} has {len(blob)} bytes, its card says {card.patch.bytes}: truncated or replaced")
+        raise InputError(
+            f"{folder / PATCH} has {len(blob)} bytes, its card says {card.patch.bytes}: truncated or replaced"
+        )
     if _files.sha256(blob) != card.patch.sha256:
         raise InputError(f"{folder / PATCH} does not match the sha256 in its card: altered or replaced")
     try:
@@ -181,7 +162,9 @@ def load(path: Path) -> Artifact:
     except (SafetensorError, ValueError) as error:
         raise InputError(f"{folder / PATCH} is not a safetensors file: {error}") from None
     if metadata.get("__metadata__") != _header(card):
-        raise InputError(f"{folder / CARD} is not the card that {PATCH} was saved with: one of them was edited or swapped")
+        raise InputError(
+            f"{folder / CARD} is not the card that {PATCH} was saved with: one of them was edited or swapped"
+        )
     return Artifact(folder, card, restore(card, tensors))
 
 
@@ -190,7 +173,9 @@ def restore(card: Card, tensors: Mapping[str, Tensor]) -> Patch:
     if card.patch.kind == "guard":
         rebuilt: Patch = find("methods", card.method).restore(tensors, card.patch.meta)  # type: ignore[attr-defined]
         return rebuilt
-    stored: dict[str, type[WeightPatch] | type[LowRankPatch]] = {kind.kind: kind for kind in (WeightPatch, LowRankPatch)}
+    stored: dict[str, type[WeightPatch] | type[LowRankPatch]] = {
+        kind.kind: kind for kind in (WeightPatch, LowRankPatch)
+    }
     if card.patch.kind not in stored:
         raise InputError(f"unknown kind of patch {card.patch.kind!r}; legal: guard, {', '.join(stored)}")
     return stored[card.patch.kind].restore(tensors, card.patch.meta)

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, get_args
 
+from expunge.core.codec import from_data
 from expunge.core.concept import Concept, Kind, Request
 from expunge.core.errors import InputError
 from expunge.core.records import Case
@@ -179,9 +180,10 @@ def _targets(table: _Table) -> tuple[Target, ...]:
 
 def _concept(entry: _Table) -> Concept:
     name, kind = entry.text("name"), entry.text("kind")
-    if kind not in get_args(Kind):
+    known = [legal for legal in get_args(Kind) if legal == kind]
+    if not known:
         raise InputError(f"{entry.where}: kind = {kind!r} is not one of {', '.join(get_args(Kind))}")
-    return Concept(name=name, kind=kind, prompts=entry.texts("prompts", [name]))
+    return Concept(name=name, kind=known[0], prompts=entry.texts("prompts", [name]))
 
 
 def _target(entry: _Table, concept: Concept, names: Mapping[str, Concept]) -> Target:
@@ -234,7 +236,7 @@ def _case(row: Mapping[str, str], targets: Mapping[str, Target], where: str) -> 
         raise InputError(f"{where}: seed {row['seed']!r} is not a whole number >= 0")
     if not row["case_id"] or not row["prompt"].strip():
         raise InputError(f"{where}: case_id and prompt must not be empty")
-    return Case(**{**row, "seed": int(row["seed"])})
+    return from_data(Case, {**row, "seed": int(row["seed"])})
 
 
 def _check_cover(cases: Sequence[Case], targets: Mapping[str, Target], path: Path) -> None:

@@ -1,0 +1,108 @@
+"""Erase: recipe → artifact."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+from expunge.core.card import Card
+from expunge.core.concept import Request
+from expunge.core.eraser import Eraser, Run
+from expunge.core.errors import InputError
+from expunge.core.generator import Generator
+from expunge.models.load import load as load_model
+from expunge.stages import _files, artifact
+from expunge.stages._provenance import source_of
+from expunge.stages.recipe import Recipe
+
+
+def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
+    """Load the model, run the method, save recipe.toml and artifact/ in `out`; return the artifact folder.
+
+    A finished artifact of the same recipe is checked and kept; of another recipe it is an InputError that names both.
+    The recipe's seed wins over the run's. `recorded=False` saves without commit and says so in the card.
+    """
+    folder = out / "artifact"
+    eraser, request = recipe.eraser(), recipe.request()
+    if folder.exists():
+        _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
+        return folder
+    model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype)
+    check(model, recipe.method.name, eraser, request)
+    out.mkdir(parents=True, exist_ok=True)
+    _files.sweep(out)
+    recipe.write(out / "recipe.toml")
+    log: list[dict[str, Any]] = []
+    start = time.monotonic()
+    patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
+    return artifact.save(
+        folder,
+        patch,
+        model,
+        artifact.Job(
+            method=recipe.method.name,
+            eraser=eraser,
+            given=tuple(recipe.method.options),
+            request=request,
+            seed=recipe.seed,
+        ),
+        source=source_of(model, recipe.model.name, recipe.model.revision),
+        seconds=time.monotonic() - start,
+        log=log,
+        recorded=recorded,
+    )
+
+
+def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None:
+    """Refuse what cannot work before any time is spent: a foreign family, words the tokenizer cannot represent."""
+    if model.family not in eraser.families:
+        legal = ", ".join(sorted(eraser.families))
+        raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
+    for concept in (*request.target, *request.anchor, *request.retain):
+        for prompt in concept.prompts if concept else ():
+            model.check_prompt(prompt)
+
+
+def logged(run: Run, rows: list[dict[str, Any]]) -> Run:
+    """Return a run whose log also collects rows; a value that is not finite is kept as null."""
+
+    def log(name: str, step: int, value: float) -> None:
+        run.log(name, step, value)
+        rows.append({"name": name, "step": step, "value": value if math.isfinite(value) else None})
+
+    return dataclasses.replace(run, log=log)
+
+
+def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, folder: Path) -> None:
+    """Compare what the card says was done with what is asked; raises InputError naming both and the difference."""
+    asked = _plain(
+        method=recipe.method.name, model=recipe.model.name, dtype=recipe.model.dtype, seed=recipe.seed,
+        config=dataclasses.asdict(eraser), request=dataclasses.asdict(request),
+    )  # fmt: skip
+    made = _plain(
+        method=card.method, model=card.base.name, dtype=card.run.dtype, seed=card.run.seed,
+        config=card.config, request=dataclasses.asdict(_request(card)),
+    )  # fmt: skip
+    differ = [key for key in asked if asked[key] != made[key]]
+    if differ:
+        raise InputError(
+            f"{folder} holds a finished artifact of {_title(card.method, _request(card))}; asked for "
+            f"{_title(recipe.method.name, request)}, which differs in {', '.join(differ)}: choose another folder"
+        )
+
+
+def _request(card: Card) -> Request:
+    return Request(target=card.target, anchor=card.anchor, retain=card.retain)
+
+
+def _title(method: str, request: Request) -> str:
+    return f"{method} on {', '.join(concept.name for concept in request.target)}"
+
+
+def _plain(**values: Any) -> dict[str, Any]:
+    plain: dict[str, Any] = json.loads(json.dumps(values, default=dict))
+    return plain

@@ -88,9 +88,9 @@ class UCE(Eraser):
         weight = self.retain_weight
         if weight is None:
             weight = max(0.1, 1 / len(kept)) if self.mode == "uce2023" else 1.0
-        keys, goals = (torch.cat(side) for side in zip(*pairs, strict=True))
+        keys, goals = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         rows = torch.cat([*kept, keys[:0]])
-        gain, retain_gain = torch.full(keys.shape[:1], self.strength), torch.full(rows.shape[:1], weight)
+        gain, retain_gain = keys.new_full(keys.shape[:1], self.strength), keys.new_full(rows.shape[:1], weight)
         return shared_edit(keys, goals, gain, rows, retain_gain, self.ridge)
 
     def _off_target(self, site: EditSite, pairs: Pairs) -> Tensor:

@@ -17,9 +17,10 @@ CROSS, SELF = "unet.cross.weight", "unet.self.weight"
 
 @dataclass(frozen=True)
 class LinearToy:
-    """A float64 generator on 4 × 2 × 2 latents; e(c) is the embedding of the last word; "void" reads as the empty prompt.
+    """A float64 generator on 4 × 2 × 2 latents; e(c) is the last word's embedding, "void" reads as the empty prompt.
 
-    Its weights are float32 numbers, so a student starts exactly at the base. Window of 6 positions, width 8; position 0 is the start token, shared by all prompts.
+    Its weights are float32 numbers, so a student starts exactly at the base. Window of 6 positions, width 8; position
+    0 is the start token, shared by all prompts.
     """
 
     network: nn.Module

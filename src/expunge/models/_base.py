@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
-from typing import Any, Self
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from torch.func import functional_call
 
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import EditSite, Family, Group, Guard, Hook
+
+View = TypeVar("View", bound="Adapter")
 
 
 class Adapter:
@@ -31,12 +33,12 @@ class Adapter:
         self._base = dict(self.network.named_parameters())
 
     def view(
-        self,
+        self: View,
         *,
         weights: Mapping[str, Tensor] = MappingProxyType({}),
         guards: Sequence[Guard] = (),
         hooks: Sequence[Hook] = (),
-    ) -> Self:
+    ) -> View:
         """Give a generator on the same network with replaced weights, added guards and added hooks; views stack.
 
         Later weights win over earlier ones; guards and hooks run in the order they were added. A replacement may be

@@ -114,9 +114,9 @@ class Denoiser(Adapter):
             if given is not None and len(given) != len(prompts):
                 raise InputError(f"{len(given)} {what} for {len(prompts)} prompts")
         scheduler = self._started(steps)
+        cond, uncond = self._pair(self.encode(prompts), self.encode([""] if negative is None else negative))
         rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
         x = self._noise(len(prompts), rngs) * scheduler.init_noise_sigma
-        cond, uncond = self._pair(self.encode(prompts), self.encode([""] if negative is None else negative))
         for timestep in scheduler.timesteps:
             x = self._advance(scheduler, x, timestep, cond, uncond, guidance_scale, rngs)
         images = self.decode(x)
@@ -220,11 +220,13 @@ class Denoiser(Adapter):
         return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
 
     def _alpha_bar(self, timestep: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
-        """alphas_cumprod at a timestep, linear between whole ones."""
+        """alphas_cumprod at a timestep; between whole ones sigma = sqrt((1 - a) / a) is linear, as Euler's grid has it."""
         table = self.scheduler.alphas_cumprod.to(self.device)
         low = timestep.floor().long().clamp(0, len(table) - 1)
         high = (low + 1).clamp(max=len(table) - 1)
-        return torch.lerp(table[low], table[high], (timestep - low).to(table.dtype))[:, None, None, None]
+        sigma = torch.lerp(_sigma(table[low]), _sigma(table[high]), (timestep - low).to(table.dtype))
+        a = torch.where(timestep == low, table[low], 1 / (1 + sigma.square()))
+        return a[:, None, None, None]
 
 
 def _grid(scheduler: SchedulerMixin) -> Int[Tensor, "n"]:
@@ -237,3 +239,7 @@ def _grid(scheduler: SchedulerMixin) -> Int[Tensor, "n"]:
 
 def _spread(cond: Condition, size: int) -> Condition:
     return cond.take(torch.zeros(size, dtype=torch.long, device=cond.tokens.device))
+
+
+def _sigma(a: Tensor) -> Tensor:
+    return ((1 - a) / a).sqrt()

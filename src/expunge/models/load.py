@@ -26,7 +26,7 @@ from transformers.utils import logging as transformers_logging
 
 from expunge.core.errors import InputError, unknown
 from expunge.models._names import EMBEDDED, TINY, embedded_names, model_names
-from expunge.models.tiny import tiny_pipeline
+from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -53,20 +53,20 @@ def load(
     """
     name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
     if name in TINY:
-        return UNetGenerator(tiny_pipeline(name, dtype=kind).to(place), name)
+        return _generator(tiny_pipeline(name, dtype=kind), name, place)
     if name in embedded_names():
-        return UNetGenerator(open_folder(EMBEDDED / name, kind).to(place), name)
+        return _generator(open_folder(EMBEDDED / name, kind), name, place)
     path = Path(name_or_path)
     if path.is_dir():
-        return UNetGenerator(open_folder(path, kind).to(place), name)
+        return _generator(open_folder(path, kind), name, place)
     if path.is_file():
         raise InputError(f"model {name!r} is a single file; give a diffusers folder (unet/, vae/, text_encoder/, ...)")
     if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.environ.get("HF_HUB_OFFLINE"):
-        return UNetGenerator(open_folder(_downloaded(name), kind).to(place), name)
+        return _generator(open_folder(_downloaded(name), kind), name, place)
     raise unknown("model", name, (*model_names(), "a diffusers folder"))
 
 
-def open_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     """Open a StableDiffusionPipeline or StableDiffusionXLPipeline folder, without safety checker or watermark."""
     index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
@@ -84,6 +84,13 @@ def open_folder(folder: Path, dtype: torch.dtype) -> StableDiffusionPipeline | S
             "requires_safety_checker": False,
         }
         return StableDiffusionPipeline(**parts, **unchecked)
+
+
+def _generator(pipeline: Pipeline, name: str, place: torch.device) -> UNetGenerator:
+    for part in pipeline.components.values():
+        if isinstance(part, nn.Module):
+            nn.Module.to(part, place)  # the pipeline's own `to` logs advice about dtypes
+    return UNetGenerator(pipeline, name)
 
 
 def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype: torch.dtype) -> Any:

@@ -1,7 +1,5 @@
 """Whole files or none: data goes to a temporary name in the same folder, is synced, and is renamed into place."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

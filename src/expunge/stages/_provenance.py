@@ -1,7 +1,5 @@
 """Where an artifact came from: base model, package versions, commit, sources, memory."""
 
-from __future__ import annotations
-
 import hashlib
 import inspect
 import json

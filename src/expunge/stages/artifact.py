@@ -1,6 +1,4 @@
-"""Artifact: a patch on disk with its card.  Saved whole or not at all, checked when loaded and when applied."""
-
-from __future__ import annotations
+"""Artifact: a patch on disk with its card. Saved whole or not at all, checked when loaded and when applied."""
 
 import dataclasses
 import inspect

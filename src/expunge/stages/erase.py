@@ -1,7 +1,5 @@
 """Erase: recipe → artifact."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import math

@@ -1,6 +1,4 @@
-"""Recipe: everything needed to repeat a run, as strict TOML.  Torch is imported only when a method is looked up."""
-
-from __future__ import annotations
+"""Recipe: everything needed to repeat a run, as strict TOML. Torch is imported only when a method is looked up."""
 
 import dataclasses
 import json

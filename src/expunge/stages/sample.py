@@ -1,7 +1,5 @@
 """Sample: artifact (or the base model) × suite → images with an index."""
 
-from __future__ import annotations
-
 import dataclasses
 import io
 from collections.abc import Iterator, Sequence
@@ -79,7 +77,7 @@ class Arm:
     batch: int
 
     @classmethod
-    def of(cls, suite: Suite, made: artifact.Artifact | None, base: Generator, name: str, batch: int) -> Arm:
+    def of(cls, suite: Suite, made: artifact.Artifact | None, base: Generator, name: str, batch: int) -> "Arm":
         """Describe the arm of an artifact, or of the base model."""
         return cls(
             arm=made.card.method if made else BASE,
@@ -103,7 +101,7 @@ class Store:
     done: dict[str, dict[str, Any]]
 
     @classmethod
-    def open(cls, folder: Path, arm: Arm, suite: Suite, targets: Sequence[str]) -> Store:
+    def open(cls, folder: Path, arm: Arm, suite: Suite, targets: Sequence[str]) -> "Store":
         """Open or create the folder; index rows whose image is missing or altered are forgotten and drawn again."""
         asked, before = dataclasses.asdict(arm), set[str]()
         if (folder / ARM).exists():

@@ -1,7 +1,5 @@
 """Score: samples × detectors → one row per image and question."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Summarize: scores → rates with intervals, raw and corrected for the detector, the base model's row among them."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -48,7 +46,7 @@ class Scored:
     targets: tuple[str, ...]
     answers: tuple[Answer, ...]
 
-    def cut(self, targets: tuple[str, ...]) -> Scored:
+    def cut(self, targets: tuple[str, ...]) -> "Scored":
         """Keep the cases of some targets only."""
         kept = tuple(answer for answer in self.answers if answer.target in targets)
         return dataclasses.replace(self, targets=targets, answers=kept)

@@ -1,6 +1,4 @@
-"""Suites: data that owns prompts, seeds, sampler and detectors.  Torch-free; every file is hashed and checked."""
-
-from __future__ import annotations
+"""Suites: data that owns prompts, seeds, sampler and detectors. Torch-free; every file is hashed and checked."""
 
 import csv
 import hashlib
@@ -132,7 +130,7 @@ class _Table:
             raise InputError(f"{self.where}: {key} = {values!r} is not a list of non-empty texts")
         return tuple(values)
 
-    def tables(self, key: str) -> list[_Table]:
+    def tables(self, key: str) -> "list[_Table]":
         values = self.take(key, (list,))
         if not values or not all(isinstance(value, dict) for value in values):
             raise InputError(f"{self.where}: {key!r} must be one or more tables [[{key}]]")

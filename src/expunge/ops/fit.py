@@ -11,6 +11,7 @@ from expunge.core.errors import InputError
 from expunge.ops.student import Trainee
 
 
+@torch.enable_grad()
 def fit(
     student: Trainee,
     loss: Callable[[int], Float[Tensor, ""]],

@@ -22,12 +22,12 @@ from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.testing.shape import ContractError, expect
 
-TINY: Mapping[str, tuple[str, ...]] = {"unet": ("tiny-unet", "tiny-unet-v")}
+TINY: Mapping[str, tuple[str, ...]] = {"unet": ("tiny-unet", "tiny-unet-v", "tiny-sdxl")}
 """Toy models a method is tried on, by the families it claims."""
 
-BRIEF = {"steps": 12, "walk": 4, "pool": 6, "batch": 2, "lr": 1e-3}
-"""Fields that cost time, cut to what a toy needs, with a step size that gets somewhere in so few steps; a method without
-them is tried as it is."""
+BRIEF: Mapping[str, Any] = {"steps": 12, "walk": 4, "pool": 6, "batch": 2, "lr": 1e-3}
+"""Fields that cost time, cut to what a toy needs, with a step size that gets somewhere in so few steps; a method
+without them is tried as it is."""
 
 REQUEST = Request.of("red cat", anchor="dog", retain=("blue car", "guitar"))
 

@@ -1,0 +1,86 @@
+"""The sentences of the page that do not depend on a run, and numbers as words."""
+
+from expunge.core.records import Estimate
+
+RATES = {
+    "target_rate": "Target",
+    "synonym_rate": "Synonyms",
+    "retain_rate": "Neighbours",
+    "style_rate": "Styles",
+    "harmonic": "Harmonic mean",
+}
+MEANING = {
+    "target_rate": "how often the detector recognises the erased concept when it is asked for by name; lower is better",
+    "synonym_rate": "the same when it is asked for by a synonym; lower is better",
+    "retain_rate": "how often a retained neighbour is recognised when it is asked for; higher is better",
+    "style_rate": "how often the asked style is the judge's first choice; higher is better",
+    "harmonic": "harmonic mean of erased, retained and erased-by-synonym, MACE's H_o; higher is better",
+}
+WANTED_LOW = ("target_rate", "synonym_rate")
+
+RECONSTRUCTION = (
+    "Reconstruction. The full text of the paper and official code were not available to us. What ran here is our reading "
+    "of its abstract; nothing on this page is the paper's result."
+)
+
+LIMITS = (
+    (
+        "A rate holds for these prompts",
+        "It says how often a detector recognises the concept over this suite's prompts and seeds, with this sampler. "
+        "It says nothing about paraphrases, other languages, adversarial prompts, edited latents or a model that is "
+        "trained further. An erased concept can often be brought back by such means; none of them was tried here.",
+    ),
+    (
+        "A detector is no eye",
+        "Judges are small networks trained on the same kind of pictures as the generator. Where their error is known it "
+        "is removed, and its own uncertainty widens the interval. Concept evidence below a detector's threshold is not "
+        "seen, so a rate of zero does not mean that no information about the concept is left.",
+    ),
+    (
+        "Intervals count prompts, not pictures",
+        "Pictures of one prompt resemble each other, so the bootstrap draws whole prompts. It describes other prompts of "
+        "the same kind, not other kinds. Differences between methods whose intervals overlap should not be ranked.",
+    ),
+    (
+        "One seed of the eraser",
+        "Each method ran once, at the settings shown, on one small model. Another seed, model or concept can reverse the "
+        "order. Nothing here reproduces a published number.",
+    ),
+)
+
+
+def percent(value: float) -> str:
+    """Write a rate as a percentage: whole above one, one decimal below it unless exactly nought."""
+    share = 100 * value
+    return f"{share:.1f}" if 0 < share < 1 or 99 < share < 100 else f"{share:.0f}"
+
+
+def interval(estimate: Estimate) -> str:
+    """Write an interval as `low–high` in per cent."""
+    return f"{percent(estimate.low)}–{percent(estimate.high)}"
+
+
+def size(count: int) -> str:
+    """Write bytes in decimal units, as file managers do."""
+    if count < 1000:
+        return f"{count} B"
+    return f"{count / 1e3:.0f} kB" if count < 1e6 else f"{count / 1e6:.1f} MB"
+
+
+def span(seconds: float) -> str:
+    """Write a duration in the unit a person would use."""
+    if seconds < 90:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def listed(names: list[str]) -> str:
+    """Join names as prose does: a, b and c."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def paper_link(paper: str) -> str:
+    """Return the address of `arXiv:<id>` or a DOI."""
+    if paper.lower().startswith("arxiv:"):
+        return f"https://arxiv.org/abs/{paper[6:]}"
+    return f"https://doi.org/{paper.removeprefix('doi:')}"

@@ -3,7 +3,7 @@
 import csv
 import hashlib
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -212,7 +212,7 @@ def _cases(data: bytes, targets: Mapping[str, Target], path: Path) -> tuple[Case
     return tuple(rows)
 
 
-def _checked_rows(reader: csv.DictReader[str], path: Path) -> Any:
+def _checked_rows(reader: "csv.DictReader[str]", path: Path) -> Iterator[dict[str, str]]:
     if tuple(reader.fieldnames or ()) != COLUMNS:
         raise InputError(f"{path}: columns are {reader.fieldnames}, expected {','.join(COLUMNS)}")
     for row in reader:

@@ -7,7 +7,9 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from expunge.core.errors import InputError
@@ -63,6 +65,8 @@ CASES = [
     ("tiny-unet", PNDMScheduler, 20),
     ("tiny-unet", HeunDiscreteScheduler, 20),
     ("tiny-unet", DPMSolverMultistepScheduler, 20),
+    ("tiny-unet-v", UniPCMultistepScheduler, 20),
+    ("tiny-unet", LMSDiscreteScheduler, 20),
     ("tiny-sdxl", EulerDiscreteScheduler, 20),
 ]
 
@@ -77,8 +81,10 @@ def test_x_has_exactly_the_noise_level_of_t(name, scheduler, steps):
     timestep = state.t.double() * 1000
     timestep = torch.where((timestep - timestep.round()).abs() < 1e-3, timestep.round(), timestep)
     assert len(timestep.unique()) > 5
-    began = torch.randn(size, *model.latent, generator=seeded(3)).double()
-    first = model._started(steps).timesteps[:1].double().expand(size)
+    sampler = model._started(steps)
+    began = torch.randn(size, *model.latent, generator=seeded(3)).double() * sampler.init_noise_sigma
+    began = sampler.scale_model_input(began, sampler.timesteps[0])
+    first = sampler.timesteps[:1].double().expand(size)
     noise = noise_at(model, State(x=began), first)
     assert (noise_at(model, state, timestep) - noise).abs().max() < 1e-4
     inner = (timestep > 1000 // steps) & (timestep < 999)

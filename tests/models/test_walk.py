@@ -7,7 +7,10 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
     PNDMScheduler,
+    UniPCMultistepScheduler,
 )
 
 from expunge.core.errors import InputError
@@ -17,7 +20,15 @@ from expunge.models.unet import UNetGenerator
 
 from .conftest import PROMPTS, seeded
 
-SCHEDULERS = (PNDMScheduler, EulerDiscreteScheduler, EulerAncestralDiscreteScheduler, DPMSolverMultistepScheduler)
+SCHEDULERS = (
+    PNDMScheduler,
+    EulerDiscreteScheduler,
+    EulerAncestralDiscreteScheduler,
+    DPMSolverMultistepScheduler,
+    HeunDiscreteScheduler,
+    LMSDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 BATCH_TOLERANCE = 1e-5  # of a pixel in [0, 1]: batched matrix products round differently
 
 

@@ -23,6 +23,18 @@ from expunge.models._base import Adapter
 PREDICTIONS = ("epsilon", "v_prediction")
 """What a U-Net here may predict: eps, or v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho, arXiv:2202.00512)."""
 
+SAMPLERS = (
+    "DDIMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "LMSDiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
+"""Schedulers whose state between two steps is known to lie at the timestep asked next; tests hold each to it."""
+
 _MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler)  # a step depends on x alone: samples may leave the batch
 
 
@@ -220,7 +232,7 @@ class Denoiser(Adapter):
         return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
 
     def _alpha_bar(self, timestep: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
-        """alphas_cumprod at a timestep; between whole ones sigma = sqrt((1 - a) / a) is linear, as Euler's grid has it."""
+        """alphas_cumprod at a timestep; between whole ones sigma = sqrt((1 - a) / a) is linear, as in Euler."""
         table = self.scheduler.alphas_cumprod.to(self.device)
         low = timestep.floor().long().clamp(0, len(table) - 1)
         high = (low + 1).clamp(max=len(table) - 1)

@@ -104,7 +104,9 @@ def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype:
         if expected is CLIPTokenizer:
             return _tokenizer(place, named)
         return _scheduler(place, named)
-    except (RuntimeError, KeyError, TypeError, OSError) as error:
+    except InputError:
+        raise
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a disk error is not the folder's fault
         raise InputError(f"part {part!r} of {str(folder)!r} cannot be read: {_line(error)}") from error
@@ -212,7 +214,7 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 
 def _line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return next((line.strip()[:240] for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Group
 from expunge.models._base import check_group, linear_site
-from expunge.models._denoiser import PREDICTIONS, Denoiser
+from expunge.models._denoiser import PREDICTIONS, SAMPLERS, Denoiser
 
 GROUPS: tuple[Group, ...] = (
     "text_in",
@@ -236,6 +236,8 @@ def check_pipeline(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
     unet, kind = pipeline.unet.config, pipeline.scheduler.config.get("prediction_type", "epsilon")
     if kind not in PREDICTIONS:
         raise InputError(f"model {name!r} predicts {kind!r}; legal: {', '.join(PREDICTIONS)}")
+    if (sampler := type(pipeline.scheduler).__name__) not in SAMPLERS:
+        raise InputError(f"model {name!r} samples by {sampler}; legal: {', '.join(SAMPLERS)}")
     if unet.in_channels != pipeline.vae.config.latent_channels:
         raise InputError(
             f"U-Net of {name!r} reads {unet.in_channels} channels, its autoencoder makes "

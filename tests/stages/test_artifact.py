@@ -22,7 +22,7 @@ from expunge.patches.guard import GuardPatch, PassGuard
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import artifact
-from expunge.stages._provenance import Source, hash_tensors, provenance
+from expunge.stages._provenance import Source, provenance
 from safetensors import safe_open
 
 PATH = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.weight"
@@ -94,7 +94,7 @@ def test_low_rank_factors_and_guards_come_back(
     guard = artifact.load(tmp_path / "b")
     assert guard.patch.meta() == {"limit": 2} and torch.equal(guard.patch.tensors()["centre"], torch.ones(3))
     text = {n: p for n, p in model.network.named_parameters() if n.startswith("text_encoder")}
-    assert guard.card.base.sha256 == hash_tensors(text)
+    assert guard.card.base.sha256 == artifact.fingerprint(model, {}) == artifact.fingerprint(model, text)
     assert torch.equal(images(guard.on(model)), images(model))
 
 
@@ -149,6 +149,12 @@ def test_the_wrong_base_is_refused(tmp_path: Path, model: Generator) -> None:
             made.on(load_model(name))
     with pytest.raises(InputError, match="made for base"):
         made.on(made.on(model))
+
+
+def test_the_same_weights_read_as_velocity_are_another_base(model: Generator) -> None:
+    other = load_model("tiny-unet-v")
+    assert torch.equal(model.weight(PATH), other.weight(PATH))
+    assert artifact.fingerprint(model, {PATH: model.weight(PATH)}) != artifact.fingerprint(other, {PATH: model.weight(PATH)})
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ class Base:
     family: str
     licence: str
     sha256: str
-    """Over the touched base tensors, or the text encoder for guards."""
+    """Over family, kind of prediction and the touched base tensors, or the text encoder for guards."""
 
 
 @dataclass(frozen=True, kw_only=True)

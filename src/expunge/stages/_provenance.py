@@ -52,9 +52,14 @@ def _licence(name: str) -> str:
 
 def model_fingerprint(model: Generator) -> str:
     """SHA-256 over everything a base model draws with: all tensors of all components, and its scheduler's settings."""
-    scheduler = getattr(model, "scheduler", None)  # token models have none
-    settings = json.dumps(dict(scheduler.config) if scheduler else {}, sort_keys=True, default=str)
+    settings = json.dumps(sampler_settings(model), sort_keys=True, default=str)
     return _files.sha256((settings + hash_tensors(model.network.state_dict())).encode())
+
+
+def sampler_settings(model: Generator) -> dict[str, object]:
+    """Return the settings of a denoiser's scheduler; token models have none."""
+    scheduler = getattr(model, "scheduler", None)
+    return dict(scheduler.config) if scheduler is not None else {}
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

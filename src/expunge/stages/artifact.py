@@ -22,7 +22,7 @@ from expunge.core.registry import find
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _files
-from expunge.stages._provenance import Source, hash_tensors, provenance
+from expunge.stages._provenance import Source, hash_tensors, provenance, sampler_settings
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -68,12 +68,15 @@ def touched(model: Generator, names: Sequence[str] | Mapping[str, Any]) -> list[
 def fingerprint(model: Generator, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the base tensors a patch touches, or over the text encoder where it touches none (guards).
 
-    Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them.
+    Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them; so do the family
+    and what the network predicts (eps, v), because the same weights read as another parameterization are another model.
     """
     paths = touched(model, tensors)
     if not paths:
         paths = sorted(name for name, _ in model.network.named_parameters() if name.startswith("text_encoder"))
-    return hash_tensors({path: model.weight(path) for path in paths})
+    predicts = sampler_settings(model).get("prediction_type", "")
+    seen = hash_tensors({path: model.weight(path) for path in paths})
+    return _files.sha256(f"{model.family} {predicts} {seen}".encode())
 
 
 def changes(model: Generator, patch: Patch) -> dict[str, float]:

@@ -43,7 +43,7 @@ def is_a_frozen_dataclass_with_defaults(cls: type[Eraser]) -> None:
     own = is_dataclass(cls) and "__dataclass_params__" in vars(cls)
     expect(own and bool(vars(cls)["__dataclass_params__"].frozen), f"{cls.__name__} is not itself a frozen dataclass")
     for field in fields(cls):
-        expect(field.kw_only, f"field {field.name!r} is not keyword-only")
+        expect(field.kw_only is True, f"field {field.name!r} is not keyword-only")
         missing = field.default is MISSING and field.default_factory is MISSING
         expect(not missing, f"field {field.name!r} has no default")
 

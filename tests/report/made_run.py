@@ -1,4 +1,4 @@
-"""A finished run folder without any model: invented pictures and decisions, put there through the stages' own writers."""
+"""A finished run folder without any model: invented pictures and decisions, written by the stages' own writers."""
 
 import dataclasses
 import io
@@ -19,7 +19,13 @@ from expunge.suites.load import Suite, load
 
 STYLES = ("flat", "ink", "sepia", "3d", "sticker")
 NEIGHBOURS = ("banana", "watermelon", "cherries", "tomato", "red apple")
-COLOURS = {"strawberry": "crimson", "banana": "gold", "watermelon": "seagreen", "cherries": "purple", "tomato": "tomato"}
+COLOURS = {
+    "strawberry": "crimson",
+    "banana": "gold",
+    "watermelon": "seagreen",
+    "cherries": "purple",
+    "tomato": "tomato",
+}
 ARMS = ("base", "uce", "esd", "all_but_one")
 DETECTORS = ("judge_cnn", "judge_vit")
 Draw = Callable[[str, Case], bytes]
@@ -44,7 +50,10 @@ anchor = "banana"
 retain = {json.dumps(list(NEIGHBOURS))}
 """
     )
-    asked = [("target", "strawberry", "strawberry"), *(("synonym", "strawberry", s) for s in ("red berry", "garden berry"))]
+    asked = [
+        ("target", "strawberry", "strawberry"),
+        *(("synonym", "strawberry", s) for s in ("red berry", "garden berry")),
+    ]
     asked += [("retain", name, name) for name in NEIGHBOURS]
     rows = ["case_id,target,role,concept,style,background,prompt,seed"]
     for role, concept, words in asked:
@@ -69,7 +78,7 @@ def blob(arm: str, case: Case) -> bytes:
 
 
 def plausible(arm: str, detector: str, case: Case) -> bool:
-    """Decide as a good eraser would be seen: the target gone but for one seed in eight, the rest there but for a few."""
+    """Decide as a good eraser would be seen: the target gone but for a few, the rest there but for a few."""
     dice = int(_files.sha256(f"{arm}{case.case_id}{detector[:3]}".encode()), 16) % 100
     if case.role == "retain" or arm == "base":
         return dice >= 5
@@ -115,7 +124,9 @@ def _samples(folder: Path, suite: Suite, arm: str, draw: Draw) -> None:
 def _scores(folder: Path, suite: Suite, arms: Sequence[str], decide: Decide, calibrated: bool) -> None:
     rows = []
     for arm in arms:
-        index = {row["case_id"]: row for row in _files.read_lines(folder / "samples" / suite.name / arm / "index.jsonl")}
+        index = {
+            row["case_id"]: row for row in _files.read_lines(folder / "samples" / suite.name / arm / "index.jsonl")
+        }
         for detector in DETECTORS:
             for case in suite.cases:
                 asked = [("object", case.concept), ("style", case.style)][: 2 if case.role == "retain" else 1]

@@ -15,7 +15,7 @@ from expunge.core.records import Estimate
 # matplotlib only knows fixed colours: each stands for a CSS variable and is swapped in the finished SVG
 INK, SOFT, RULE, BASE, GONE, KEPT = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
 CSS = {INK: "--ink", SOFT: "--soft", RULE: "--rule", BASE: "--base", GONE: "--gone", KEPT: "--kept"}
-STYLE: Mapping[str, Any] = {
+STYLE: Any = {
     "svg.fonttype": "none",  # text stays text: searchable, readable aloud, in the page's font
     "svg.hashsalt": "expunge",  # same data, same bytes
     "font.family": "sans-serif",
@@ -38,7 +38,7 @@ def rate_plot(title: str, rows: Sequence[tuple[str, str, Estimate]], *, tone: st
     """
     arms = list(dict.fromkeys(arm for arm, _, _ in rows))
     detectors = list(dict.fromkeys(detector for _, detector, _ in rows))
-    with matplotlib.rc_context(dict(STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(3.7, 0.72 + 0.42 * len(arms)), layout="constrained")
         axes = figure.add_subplot()
         for arm, detector, estimate in rows:
@@ -52,7 +52,7 @@ def rate_plot(title: str, rows: Sequence[tuple[str, str, Estimate]], *, tone: st
 def layer_plot(layers: Mapping[str, float], label: str) -> str:
     """Plot where a change sits: the largest relative change ‖W′ − W‖ / ‖W‖ per block of the network, in its order."""
     blocks = by_block(layers)
-    with matplotlib.rc_context(dict(STYLE)):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(4.2, 0.4 + 0.26 * len(blocks)), layout="constrained")
         axes = figure.add_subplot()
         axes.barh(range(len(blocks)), list(blocks.values()), height=0.62, color=GONE)

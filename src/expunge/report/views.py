@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import median
 
 from expunge.core.card import Card
-from expunge.core.records import Case, Estimate
+from expunge.core.records import Case
 from expunge.report import words
 from expunge.report.pictures import data_address
 from expunge.report.plot import GONE, KEPT, MARKER_WORDS, layer_plot, rate_plot

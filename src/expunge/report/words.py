@@ -10,17 +10,17 @@ RATES = {
     "harmonic": "Harmonic mean",
 }
 MEANING = {
-    "target_rate": "how often the detector recognises the erased concept when it is asked for by name; lower is better",
-    "synonym_rate": "the same when it is asked for by a synonym; lower is better",
-    "retain_rate": "how often a retained neighbour is recognised when it is asked for; higher is better",
+    "target_rate": "how often the concept is recognised when asked for by name; lower is better",
+    "synonym_rate": "how often it is recognised when asked for by a synonym; lower is better",
+    "retain_rate": "how often a retained neighbour is recognised when asked for; higher is better",
     "style_rate": "how often the asked style is the judge's first choice; higher is better",
     "harmonic": "harmonic mean of erased, retained and erased-by-synonym, MACE's H_o; higher is better",
 }
 WANTED_LOW = ("target_rate", "synonym_rate")
 
 RECONSTRUCTION = (
-    "Reconstruction. The full text of the paper and official code were not available to us. What ran here is our reading "
-    "of its abstract; nothing on this page is the paper's result."
+    "Reconstruction. The full text of the paper and official code were not available to us. What ran here is our "
+    "reading of its abstract; nothing on this page is the paper's result."
 )
 
 LIMITS = (
@@ -32,18 +32,19 @@ LIMITS = (
     ),
     (
         "A detector is no eye",
-        "Judges are small networks trained on the same kind of pictures as the generator. Where their error is known it "
-        "is removed, and its own uncertainty widens the interval. Concept evidence below a detector's threshold is not "
-        "seen, so a rate of zero does not mean that no information about the concept is left.",
+        "It errs, and one trained on the generator's own kind of pictures may share its blind spots. Where its error "
+        "is known it is removed, and that error's own uncertainty widens the interval. Concept evidence below a "
+        "detector's threshold is not seen, so a rate of zero does not mean that no information about the concept is "
+        "left.",
     ),
     (
         "Intervals count prompts, not pictures",
-        "Pictures of one prompt resemble each other, so the bootstrap draws whole prompts. It describes other prompts of "
-        "the same kind, not other kinds. Differences between methods whose intervals overlap should not be ranked.",
+        "Pictures of one prompt resemble each other, so the bootstrap draws whole prompts. It describes other prompts "
+        "of the same kind, not other kinds. Differences between methods whose intervals overlap should not be ranked.",
     ),
     (
         "One seed of the eraser",
-        "Each method ran once, at the settings shown, on one small model. Another seed, model or concept can reverse the "
+        "Each method ran once, at the settings shown, on one model. Another seed, model or concept can reverse the "
         "order. Nothing here reproduces a published number.",
     ),
 )

@@ -1,0 +1,92 @@
+"""Where commands write: results on stdout, everything that moves on stderr."""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+Report = Callable[[str, int, int], None]
+"""`progress(label, done, total)` of a Run."""
+
+
+class Out:
+    """The two streams of one command: `machine` asks for JSON alone on stdout and no progress bars."""
+
+    def __init__(self, *, machine: bool) -> None:
+        self.machine = machine
+        self.stderr = Console(stderr=True, highlight=False)
+        self.lively = not machine and self.stderr.is_terminal
+
+    def emit(self, data: Mapping[str, Any]) -> None:
+        """Print the result for machines, sorted and indented; silent for people."""
+        if self.machine:
+            typer.echo(json.dumps(data, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False))
+
+    def say(self, text: str) -> None:
+        """Print a line of the result for people."""
+        if not self.machine:
+            typer.echo(text)
+
+    def note(self, text: str) -> None:
+        """Print a line about what is going on, to stderr."""
+        if not self.machine:
+            typer.echo(text, err=True)
+
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """Print a table for people; columns of numbers align right."""
+        if self.machine:
+            return
+        table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+        for column, head in enumerate(heads):
+            numbers = all(row[column][:1].isdigit() or row[column] in ("", "–") for row in rows)
+            table.add_column(head, justify="right" if rows and numbers else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*(cell.replace("[", r"\[") for cell in row))
+        console = Console(highlight=False)
+        if not console.is_terminal:
+            console.width = 200  # a pipe has no width of its own; rich's 80 would fold what grep looks for
+        console.print(table)
+
+    @contextmanager
+    def waiting(self, text: str) -> Iterator[None]:
+        """Show that something of unknown length is going on."""
+        if not self.lively:
+            self.note(text)
+            yield
+            return
+        with self.stderr.status(text):
+            yield
+
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """Yield a `progress(label, done, total)` that draws one bar with an ETA per label; quiet if not lively."""
+        if not self.lively:
+            yield lambda label, done, total: None
+            return
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.stderr) as bars:
+            yield _bars(bars)
+
+
+def _bars(bars: Progress) -> Report:
+    tasks: dict[str, TaskID] = {}
+
+    def report(label: str, done: int, total: int) -> None:
+        if label not in tasks:
+            tasks[label] = bars.add_task(label, total=total)
+        bars.update(tasks[label], completed=done, total=total)
+
+    return report

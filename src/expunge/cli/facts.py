@@ -1,0 +1,66 @@
+"""What a method or detector says about itself, read from its file without importing it: listing stays instant."""
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeGuard
+
+
+@dataclass(frozen=True)
+class Field:
+    """One setting: its type and default as written, and the docstring below it."""
+
+    name: str
+    type: str
+    default: str
+    help: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A class of the catalogue: first line of its docstring, class attributes with literal values, settings."""
+
+    name: str
+    description: str
+    attributes: dict[str, Any]
+    fields: tuple[Field, ...]
+
+
+def facts(name: str, path: Path) -> Facts:
+    """Read the last class of a file that derives from another; raises ValueError if there is none."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in reversed(tree.body):
+        if isinstance(node, ast.ClassDef) and node.bases:
+            first = (ast.get_docstring(node) or "").partition("\n")[0]
+            return Facts(name, first, dict(_attributes(node)), tuple(_fields(node)))
+    raise ValueError(f"{path} defines no class derived from another")
+
+
+def _attributes(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
+    for item in node.body:
+        if _is_class_variable(item) and item.value is not None:
+            yield ast.unparse(item.target), _literal(item.value)
+
+
+def _fields(node: ast.ClassDef) -> Iterator[Field]:
+    for item, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
+        if isinstance(item, ast.AnnAssign) and not _is_class_variable(item):
+            text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
+            default = ast.unparse(item.value) if item.value is not None else ""
+            yield Field(ast.unparse(item.target), ast.unparse(item.annotation), default, " ".join(str(text).split()))
+
+
+def _is_class_variable(item: ast.stmt) -> TypeGuard[ast.AnnAssign]:
+    return isinstance(item, ast.AnnAssign) and ast.unparse(item.annotation).startswith("ClassVar")
+
+
+def _literal(node: ast.expr) -> Any:
+    """Evaluate constants, and the frozensets that families are written as; other expressions stay source text."""
+    if isinstance(node, ast.Call) and ast.unparse(node.func) == "frozenset" and node.args:
+        node = node.args[0]
+    try:
+        value = ast.literal_eval(node)
+    except ValueError:
+        return ast.unparse(node)
+    return sorted(value) if isinstance(value, set) else value

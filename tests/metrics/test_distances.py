@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+
 from expunge.core.errors import InputError
 from expunge.core.measure import Samples
 from expunge.core.records import Case

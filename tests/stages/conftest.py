@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+
 from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 from expunge.core.measure import Detector

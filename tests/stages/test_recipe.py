@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
+
 from expunge.core.errors import InputError
 from expunge.methods.finetune.esd import ESD
 from expunge.stages.recipe import checked, parse, read, schema, settings

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from expunge.core.errors import InputError
 from expunge.suites.load import catalogue, load
 
@@ -86,7 +87,7 @@ def test_the_digest_sees_every_byte_of_both_files(tmp_path: Path) -> None:
 )
 def test_a_wrong_header_is_one_line_with_the_place(tmp_path: Path, old: str, new: str, says: str) -> None:
     assert old in TOML
-    with pytest.raises(InputError, match="suite.toml") as caught:
+    with pytest.raises(InputError, match=r"suite\.toml") as caught:
         load(write(tmp_path / "toys", toml=TOML.replace(old, new, 1)))
     assert says in str(caught.value) and "\n" not in str(caught.value)
 
@@ -103,9 +104,9 @@ def test_a_wrong_header_is_one_line_with_the_place(tmp_path: Path, old: str, new
         ("a dog,3", "a dog,3,4", "expected 8 fields"),
         ("case_id,target", "id,target", "expected case_id,target"),
         ("d1,dog,retain,strawberry,,,a strawberry,4\n", "", "'dog' has no retain rows"),
-        ("s0,strawberry,target,strawberry,flat,red,a strawberry,0", "s0,strawberry,target,strawberry,flat,red, ,0", "must not be empty"),
+        ("red,a strawberry,0", "red, ,0", "must not be empty"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_case_is_one_line_with_the_place(tmp_path: Path, old: str, new: str, says: str) -> None:
     assert old in CASES
     with pytest.raises(InputError, match=r"cases\.csv") as caught:

@@ -59,7 +59,9 @@ def model_fingerprint(model: Generator) -> str:
 def sampler_settings(model: Generator) -> dict[str, object]:
     """Return the settings of a denoiser's scheduler; token models have none."""
     scheduler = getattr(model, "scheduler", None)
-    return dict(scheduler.config) if scheduler is not None else {}
+    found = dict(scheduler.config) if scheduler is not None else {}
+    # diffusers' private entries list names in an order that changes from process to process
+    return {key: value for key, value in found.items() if not key.startswith("_")}
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:

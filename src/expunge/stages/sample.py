@@ -49,16 +49,16 @@ def sample(
     name = model or (made.card.base.name if made else None)
     if name is None:
         raise InputError("sampling without an artifact needs the name of a base model")
-    if made and not targets:
-        targets = tuple(concept.name for concept in made.card.target)
+    erased = [concept.name for concept in made.card.target] if made else []
+    chosen = [loaded.target(target).concept.name for target in targets or erased]
+    chosen = chosen or [target.concept.name for target in loaded.targets]
     precision = dtype or (made.card.run.dtype if made else "float32")
     base = load_model(name, device=run.device, dtype=precision)
-    chosen = tuple(targets) or tuple(target.concept.name for target in loaded.targets)
     arm = Arm.of(loaded, made, base, name, batch)
     folder = out / "samples" / loaded.name / arm.arm
-    store = Store.open(folder, arm, loaded, chosen)
-    shared = cache / arm.model_sha256 / f"{loaded.digest}-{precision}-{batch}" if cache and not made else None
-    _draw(made.on(base) if made else base, arm, chosen, store, shared, run)
+    drawn = made.on(base) if made else base
+    shared = cache / arm.model_sha256 / f"{loaded.digest}-{batch}" if cache and not made else None
+    _draw(drawn, arm, chosen, Store.open(folder, arm, loaded, chosen), shared, run)
     return folder
 
 

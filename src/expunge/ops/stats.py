@@ -11,6 +11,8 @@ from scipy.stats import t as student_t
 from expunge.core.errors import InputError
 from expunge.core.records import Estimate, OperatingPoint
 
+_Draws = Float[np.ndarray, "r"]
+
 LEVEL = 0.95
 RESAMPLES = 2000
 
@@ -80,7 +82,7 @@ class Sample:
         spread = float(((self.sums - p * self.sizes) ** 2).sum()) * groups / max(groups - 1, 1) / n**2
         return min(max(p * (1 - p) / spread, 1.0), n) if spread > 0 else float(groups)
 
-    def draws(self, rng: np.random.Generator, resamples: int = RESAMPLES) -> Float[np.ndarray, "r"]:
+    def draws(self, rng: np.random.Generator, resamples: int = RESAMPLES) -> _Draws:
         """Draw the mean's sampling distribution: clusters resampled with replacement.
 
         Where all clusters agree every resample would be the same and the width zero; then from the Jeffreys posterior
@@ -166,7 +168,7 @@ def rogan_gladen(sample: Sample, point: OperatingPoint, detector: str, *, seed: 
 
 def corrected_draws(
     sample: Sample, point: OperatingPoint | None, rng: np.random.Generator, resamples: int = RESAMPLES
-) -> Float[np.ndarray, "r"]:
+) -> _Draws:
     """Draw a rate's distribution with the detector's errors removed; without an operating point as counted.
 
     Sensitivity and specificity are drawn from their Jeffreys posteriors in every resample. A resample in which they
@@ -187,8 +189,7 @@ def harmonic(erased: float, retained: float, generalized: float) -> float:
     erased: rate of the target on its own prompts; generalized: on synonyms; retained: of the neighbours. 0 if any of
     the three parts is 0. Source: MACE (arXiv:2403.06135, section 4.1).
     """
-    parts = (1 - erased, retained, 1 - generalized)
-    return 0.0 if min(parts) <= 0 else 3 / sum(1 / part for part in parts)
+    return float(_harmonic(np.array([erased]), np.array([retained]), np.array([generalized]))[0])
 
 
 def harmonic_estimate(
@@ -205,8 +206,7 @@ def harmonic_estimate(
     """
     rng = np.random.default_rng(seed)
     target, retain, synonym = (corrected_draws(s, p, rng) for s, p in zip(samples, points, strict=True))
-    values = [harmonic(*triple) for triple in zip(target, retain, synonym, strict=True)]
-    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
+    low, high = np.quantile(_harmonic(target, retain, synonym), [(1 - level) / 2, (1 + level) / 2])
     centre = harmonic(*(_corrected_value(s, p) for s, p in zip(samples, points, strict=True)))
     return Estimate(
         value=centre,
@@ -242,7 +242,7 @@ def _true_rate(seen: float, sens: float, false: float) -> float:
     return min(max((seen - false) / (sens - false), 0.0), 1.0)
 
 
-def _jeffreys(part: Estimate, rng: np.random.Generator, resamples: int) -> Float[np.ndarray, "r"]:
+def _jeffreys(part: Estimate, rng: np.random.Generator, resamples: int) -> _Draws:
     hits = part.value * part.n
     return rng.beta(hits + 0.5, part.n - hits + 0.5, resamples)
 
@@ -251,3 +251,9 @@ def _corrected_value(sample: Sample, point: OperatingPoint | None) -> float:
     if point is None:
         return sample.value
     return _true_rate(sample.value, point.sensitivity.value, 1 - point.specificity.value)
+
+
+def _harmonic(erased: _Draws, retained: _Draws, generalized: _Draws) -> _Draws:
+    parts = np.stack([1 - erased, retained, 1 - generalized])
+    alive = parts.min(0) > 0
+    return np.where(alive, 3 / (1 / np.where(alive, parts, 1)).sum(0), 0.0)

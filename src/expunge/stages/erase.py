@@ -78,13 +78,25 @@ def logged(run: Run, rows: list[dict[str, Any]]) -> Run:
 def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, folder: Path) -> None:
     """Compare what the card says was done with what is asked; raises InputError naming both and the difference."""
     asked = _plain(
-        method=recipe.method.name, model=recipe.model.name, dtype=recipe.model.dtype, seed=recipe.seed,
-        config=dataclasses.asdict(eraser), request=dataclasses.asdict(request),
-    )  # fmt: skip
+        {
+            "method": recipe.method.name,
+            "model": recipe.model.name,
+            "dtype": recipe.model.dtype,
+            "seed": recipe.seed,
+            "config": dataclasses.asdict(eraser),
+            "request": dataclasses.asdict(request),
+        }
+    )
     made = _plain(
-        method=card.method, model=card.base.name, dtype=card.run.dtype, seed=card.run.seed,
-        config=card.config, request=dataclasses.asdict(_request(card)),
-    )  # fmt: skip
+        {
+            "method": card.method,
+            "model": card.base.name,
+            "dtype": card.run.dtype,
+            "seed": card.run.seed,
+            "config": card.config,
+            "request": dataclasses.asdict(_request(card)),
+        }
+    )
     differ = [key for key in asked if asked[key] != made[key]]
     if differ:
         raise InputError(
@@ -101,6 +113,6 @@ def _title(method: str, request: Request) -> str:
     return f"{method} on {', '.join(concept.name for concept in request.target)}"
 
 
-def _plain(**values: Any) -> dict[str, Any]:
+def _plain(values: dict[str, Any]) -> dict[str, Any]:
     plain: dict[str, Any] = json.loads(json.dumps(values, default=dict))
     return plain

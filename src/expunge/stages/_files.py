@@ -78,8 +78,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def lines_bytes(rows: Sequence[Mapping[str, Any]]) -> bytes:
-    """JSON lines: one compact object per row, keys sorted."""
-    dump = json.JSONEncoder(sort_keys=True, ensure_ascii=False, allow_nan=False).encode
+    """JSON lines: one object per row, keys sorted, ASCII only: no sign in a prompt can break a line for any reader."""
+    dump = json.JSONEncoder(sort_keys=True, allow_nan=False).encode
     return "".join(dump(row) + "\n" for row in rows).encode()
 
 

@@ -1,0 +1,1 @@
+"""Per-image concept detectors: one file, one detector."""

@@ -1,0 +1,134 @@
+"""What every training run shares: random streams by step, checkpoints that survive a kill, a log, a learning rate."""
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+
+def rng(seed: int, *name: int) -> torch.Generator:
+    """Random stream that depends on its name only, so that a resumed run draws what an unbroken one would."""
+    mixed = seed
+    for part in name:
+        mixed = (mixed * 1_000_003 + part + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(mixed)
+
+
+def cosine(step: int, steps: int, *, warmup: int = 200, tail: float = 0.4) -> float:
+    """Learning-rate factor: linear warm-up, constant, cosine to zero over the last `tail` of the run."""
+    start = steps * (1 - tail)
+    decay = 1.0 if step < start else 0.5 + 0.5 * math.cos(math.pi * (step - start) / (steps - start))
+    return min(1.0, (step + 1) / warmup) * decay
+
+
+def save(tensors: dict[str, Tensor], path: Path, step: int) -> None:
+    """Write tensors and step whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    scratch = path.with_suffix(".tmp")
+    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, scratch, metadata={"step": str(step)})
+    with scratch.open("rb") as file:
+        os.fsync(file.fileno())
+    scratch.replace(path)
+
+
+class Trainer:
+    """AdamW with an exponential moving average, resumable from one safetensors file."""
+
+    def __init__(
+        self, net: nn.Module, folder: Path, *, lr: float, steps: int, decay: float = 0.999, weight_decay: float = 0.01
+    ) -> None:
+        """Resume from `folder/checkpoint.safetensors` when it is there."""
+        self.net, self.folder, self.lr, self.steps, self.decay = net, folder, lr, steps, decay
+        self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
+        self.ema = {name: p.detach().clone() for name, p in net.state_dict().items()}
+        self.step = 0
+        self.began = time.monotonic()
+        if self.file.exists():
+            self._resume()
+
+    @property
+    def file(self) -> Path:
+        """Where the checkpoint lies."""
+        return self.folder / "checkpoint.safetensors"
+
+    def _resume(self) -> None:
+        state = load_file(self.file)
+        self.net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
+        self.ema = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
+        self.step = int(state["step"])
+        for name, p in self.net.named_parameters():
+            moments = {m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq") if f"{m}.{name}" in state}
+            if moments:
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+
+    def checkpoint(self) -> None:
+        """Write everything a resumed run needs."""
+        state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        state |= {f"ema.{k}": v for k, v in self.ema.items()}
+        for name, p in self.net.named_parameters():
+            state |= {f"{m}.{name}": v for m, v in self.optimizer.state[p].items() if m != "step"}
+        save({**state, "step": torch.tensor(self.step)}, self.file, self.step)
+
+    def run(self, loss: Callable[[int], Tensor], *, log_every: int = 50, save_every: int = 500) -> Iterator[int]:
+        """Train to the end; yields the step number after each update so that the caller can look."""
+        mean, synced = 0.0, torch.distributed.is_initialized()
+        leader = not synced or torch.distributed.get_rank() == 0
+        while self.step < self.steps:
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr * cosine(self.step, self.steps)
+            self.optimizer.zero_grad(set_to_none=True)
+            value = loss(self.step)
+            value.backward()
+            if synced:
+                average_gradients(self.net)
+            nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
+            self.optimizer.step()
+            self.step += 1
+            self._average()
+            mean = value.item() if mean == 0 else 0.98 * mean + 0.02 * value.item()
+            if leader and self.step % log_every == 0:
+                self.log(loss=round(mean, 5), lr=self.optimizer.param_groups[0]["lr"])
+            if leader and (self.step % save_every == 0 or self.step == self.steps):
+                self.checkpoint()
+            yield self.step
+
+    def _average(self) -> None:
+        rate = min(self.decay, (1 + self.step) / (10 + self.step))
+        current = self.net.state_dict()
+        for name, kept in self.ema.items():
+            if kept.dtype.is_floating_point:
+                kept.lerp_(current[name], 1 - rate)
+            else:
+                kept.copy_(current[name])
+
+    def log(self, **values: float) -> None:
+        """Append one row to the run's log."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        row = {"step": self.step, "seconds": round(time.monotonic() - self.began, 1), **values}
+        with (self.folder / "log.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+
+
+def average_gradients(net: nn.Module) -> None:
+    """Mean of every gradient over the processes, as one flat tensor."""
+    grads = [p.grad for p in net.parameters() if p.grad is not None]
+    flat = torch.cat([g.flatten() for g in grads])
+    torch.distributed.all_reduce(flat)
+    flat /= torch.distributed.get_world_size()
+    start = 0
+    for g in grads:
+        g.copy_(flat[start : start + g.numel()].view_as(g))
+        start += g.numel()
+
+
+def quiet_cpu() -> None:
+    """One thread, denormals flushed, math attention: see docs/training.md for what each saved."""
+    torch.set_num_threads(1)
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.enable_flash_sdp(False)

@@ -1,0 +1,213 @@
+"""Train `emoji-unet`, a latent diffusion U-Net in Stable Diffusion's format: python -m training.unet [--processes 2]
+
+Loss = ||U(a_t z + s_t e, t, text) - (a_t e - s_t z)||^2, v-prediction on the zero-terminal-SNR schedule, t uniform; one
+caption in ten is empty so that the unconditional prediction is learned. Autoencoder and text encoder stay frozen.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+from training import autoencoder, clip, loop, world
+
+HERE = Path(__file__).parent
+EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
+DROP = 0.1
+
+
+def build() -> UNet2DConditionModel:
+    """Two resolutions, 8×8 and 4×4, cross-attention at both."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=16,
+        out_channels=16,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(128, 256),
+        layers_per_block=1,
+        cross_attention_dim=clip.WIDTH,
+        attention_head_dim=4,
+        use_linear_projection=True,
+    )
+
+
+def schedule() -> DDIMScheduler:
+    """Scaled-linear betas rescaled to zero terminal SNR; trailing steps, so that sampling starts from pure noise."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        clip_sample=False,
+        set_alpha_to_one=True,
+        steps_offset=1,
+    )
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, latents: Tensor) -> None:
+    """Fold x -> (x - mean) / std per channel into the 1×1 convolutions around the latent, so that scaling is 1."""
+    mean, std = latents.mean((0, 2, 3)), latents.std((0, 2, 3))
+    channels = len(mean)
+    vae.post_quant_conv.bias += vae.post_quant_conv.weight[:, :, 0, 0] @ mean
+    vae.post_quant_conv.weight *= std[None, :, None, None]
+    vae.quant_conv.weight[:channels] /= std[:, None, None, None]
+    vae.quant_conv.bias[:channels] = (vae.quant_conv.bias[:channels] - mean) / std
+    vae.quant_conv.bias[channels:] -= 2 * std.log()
+    vae.register_to_config(scaling_factor=1.0)
+
+
+def trained_autoencoder() -> AutoencoderKL:
+    """Read the finished autoencoder's average from its run."""
+    vae = autoencoder.build()
+    state = load_file(HERE / "runs" / "autoencoder" / "checkpoint.safetensors")
+    vae.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    return vae.eval()
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, data: world.World) -> Tensor:
+    """Latents of every render on every background: "n k 16 8 8"."""
+    grid = torch.cartesian_prod(torch.arange(len(data.rgba)), torch.arange(len(world.BACKGROUNDS)))
+    parts = [vae.encode(data.compose(p[:, 0], p[:, 1]) * 2 - 1).latent_dist.mean for p in grid.split(64)]
+    return torch.cat(parts).view(len(data.rgba), len(world.BACKGROUNDS), 16, 8, 8)
+
+
+def prepare(folder: Path) -> None:
+    """Write the frozen parts, half precision, and the latents: once, before training."""
+    if (folder / "latents.safetensors").exists():
+        return
+    data, vae = world.load(), trained_autoencoder()
+    raw = encode_all(vae, data)
+    whiten(vae, raw[data.train].flatten(0, 1))
+    vae = vae.half().float()  # latents of the weights that ship
+    loop.save({"latents": encode_all(vae, data)}, folder / "latents.safetensors", 0)
+    vae.half().save_pretrained(folder / "vae")
+
+
+def text_side() -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text tower of the in-domain CLIP, frozen."""
+    run = HERE / "runs" / "clip"
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    whole = CLIPModel.from_pretrained(run / "model").float()
+    text = CLIPTextModel(whole.config.text_config)
+    text.load_state_dict(whole.text_model.state_dict())
+    return tokenizer, text.eval().requires_grad_(False)
+
+
+class Embedder:
+    """Caption to frozen token states, remembered."""
+
+    def __init__(self) -> None:
+        """Load tokenizer and tower."""
+        self.tokenizer, self.text = text_side()
+        self.known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> Tensor:
+        """Token states "b 32 d"."""
+        new = [c for c in dict.fromkeys(captions) if c not in self.known]
+        if new:
+            ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            self.known |= zip(new, self.text(ids).last_hidden_state.half(), strict=True)
+        return torch.stack([self.known[c] for c in captions]).float()
+
+
+def objective(net: UNet2DConditionModel, folder: Path, args: argparse.Namespace) -> Callable[[int], Tensor]:
+    """The loss of one step for this process's share of the batch."""
+    data, embed = world.load(), Embedder()
+    latents = load_file(folder / "latents.safetensors")["latents"]
+    bars = schedule().alphas_cumprod
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    share = args.batch // args.processes
+
+    def loss(step: int) -> Tensor:
+        random = loop.rng(args.seed, 1, step, rank)
+        index = data.train[torch.randint(len(data.train), (share,), generator=random)]
+        background = torch.randint(len(world.BACKGROUNDS), (share,), generator=random)
+        pairs = zip(index.tolist(), background.tolist(), strict=True)
+        captions = [data.caption(i, b, random).text for i, b in pairs]
+        drop = torch.rand(share, generator=random) < DROP
+        captions = ["" if d else c for d, c in zip(drop.tolist(), captions, strict=True)]
+        z, e = latents[index, background], torch.randn(share, 16, 8, 8, generator=random)
+        # stratified: every batch sees all noise levels
+        t = (torch.rand(share, generator=random) + torch.arange(share)) / share * 1000
+        t = t.long().clamp(max=999)
+        a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
+        with torch.autocast("cpu", torch.bfloat16):
+            v = net(a * z + s * e, t, embed(captions)).sample
+        return (v.float() - (a * e - s * z)).pow(2).mean()
+
+    return loss
+
+
+def assemble(weights: dict[str, Tensor], folder: Path) -> StableDiffusionPipeline:
+    """Join the trained U-Net with the frozen parts into a stock pipeline."""
+    net = build()
+    net.load_state_dict(weights)
+    tokenizer, text = text_side()
+    return StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(folder / "vae").float(),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=net.eval(),
+        scheduler=schedule(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+
+
+def publish(weights: dict[str, Tensor], folder: Path, name: str) -> None:
+    """Save the pipeline in half precision where the library finds it."""
+    pipe = assemble(weights, folder).to(torch.float16)
+    pipe.save_pretrained(EMBEDDED / name, safe_serialization=True)
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """Train as one of `args.processes`, gradients averaged."""
+    loop.quiet_cpu()
+    if args.processes > 1:
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29411")
+        torch.distributed.init_process_group("gloo", rank=rank, world_size=args.processes)
+    torch.manual_seed(args.seed)
+    net = build()
+    trainer = loop.Trainer(net, args.run, lr=8e-4, steps=args.steps, decay=0.9985)
+    for step in trainer.run(objective(net, args.run, args), save_every=250):
+        if rank == 0 and (step % args.publish == 0 or step == args.steps):
+            publish(trainer.ema, args.run, "emoji-unet")
+
+
+def main() -> None:
+    """Prepare the frozen parts, then train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--publish", type=int, default=500)
+    parser.add_argument("--seed", type=int, default=2)
+    parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
+    args = parser.parse_args()
+    args.run.mkdir(parents=True, exist_ok=True)
+    (args.run / "args.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1) + "\n")
+    loop.quiet_cpu()
+    prepare(args.run)
+    if args.processes == 1:
+        work(0, args)
+    else:
+        torch.multiprocessing.spawn(work, args=(args,), nprocs=args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -169,7 +169,7 @@ def test_the_same_weights_read_as_velocity_are_another_base(model: Generator) ->
         (lambda f: (f / "card.json").write_bytes(b"\xff\xfe"), "card.json"),
         (lambda f: edit(f / "card.json", "method", "esd"), "edited or swapped"),
         (lambda f: edit(f / "card.json", "schema", 2), "schema 2"),
-        (lambda f: edit(f / "card.json", "mehtod", "esd"), "mehtod"),
+        (lambda f: edit(f / "card.json", "methods", "esd"), "methods"),
         (lambda f: (f / "card.json").unlink(), "no artifact in"),
     ],
 )

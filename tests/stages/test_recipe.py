@@ -58,15 +58,11 @@ def test_a_recipe_reads_as_request_and_eraser() -> None:
     assert (type(eraser).__name__, eraser.steps, eraser.group, eraser.lr) == ("ESD", 5, "cross_kv", 1.0)
 
 
-def test_toml_round_trip_is_exact_and_the_digest_follows_content(tmp_path: Path) -> None:
+def test_the_toml_round_trip_is_exact(tmp_path: Path) -> None:
     recipe = parse(TEXT)
     recipe.write(tmp_path / "recipe.toml")
     again = read(tmp_path / "recipe.toml")
     assert again == recipe
-    assert again.digest == recipe.digest
-    assert parse(TEXT.replace("objects", "styles")).digest == recipe.digest
-    for old, new in (("seed = 3", "seed = 4"), ("steps = 5", "steps = 6"), ("banana", "apple"), ("car", "bus")):
-        assert parse(TEXT.replace(old, new)).digest != recipe.digest
 
 
 @pytest.mark.parametrize(
@@ -83,7 +79,7 @@ def test_toml_round_trip_is_exact_and_the_digest_follows_content(tmp_path: Path)
         ("[evaluate]", "[evaluation]", "evaluation: Unexpected keyword argument"),
         ("[[retain]]", "[retain]", "retain: Input should be a valid array"),
         ("seed = 3", "seed = ", "is not valid TOML"),
-        ('anchor = {name = "banana"}', 'anchor = {nam = "banana"}', "anchor"),
+        ('anchor = {name = "banana"}', 'anchor = {label = "banana"}', "anchor.label"),
     ],
 )
 def test_a_wrong_recipe_is_one_line(old: str, new: str, says: str) -> None:

@@ -94,11 +94,6 @@ class Recipe:
         method = find("methods", self.method.name)
         return method(**checked(method, self.method.options))
 
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what decides the patch: seed, model, method, targets, retain. Evaluation does not change it."""
-        return _files.sha256(_files.json_bytes({k: v for k, v in self._table().items() if k != "evaluate"}))
-
     def _table(self) -> dict[str, Any]:
         table = _without_empty(json.loads(TypeAdapter(Recipe).dump_json(self)))
         table["seed"] = self.seed

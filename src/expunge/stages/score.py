@@ -15,7 +15,7 @@ from torch import Tensor
 from expunge.core.codec import from_data
 from expunge.core.concept import Concept
 from expunge.core.eraser import Run
-from expunge.core.errors import InputError, unknown
+from expunge.core.errors import InputError
 from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint, Score
 from expunge.core.registry import find
@@ -80,10 +80,7 @@ def score(run_folder: Path, run: Run, *, detectors: Sequence[str] = (), batch: i
 
 def load_detector(name: str) -> Detector:
     """Build a detector of the catalogue; raises InputError for an unknown name."""
-    found = find("detectors", name)
-    if not issubclass(found, Detector):
-        raise unknown("detector", name, ())
-    detector: Detector = found()
+    detector: Detector = find("detectors", name)()
     return detector
 
 

@@ -102,6 +102,9 @@ class LinearToy:
     ) -> "LinearToy":
         return replace(self, seen={**self.seen, **(weights or {})})
 
+    def weights_equal(self, other: "LinearToy") -> bool:
+        return all(torch.equal(self.weight(path), other.weight(path)) for path in (CROSS, SELF))
+
     def absorb(self, images: Tensor) -> Tensor:
         return images
 

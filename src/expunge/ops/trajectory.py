@@ -9,6 +9,7 @@ from torch import Tensor
 
 from expunge.core.condition import Condition
 from expunge.core.eraser import Run
+from expunge.core.errors import InputError
 from expunge.core.generator import Generator, State
 from expunge.ops.rows import join_states, pick_state
 
@@ -36,13 +37,17 @@ class Walk:
     """How states are drawn: uniformly in the sampler's grid, on a path guided by guidance_scale.
 
     prompts: one row per prompt to walk under. batch: states per lesson. steps: length of the whole path; a state
-    costs half of it on average.
+    costs half of it on average. Raises InputError for a batch or path below 1.
     """
 
     prompts: Condition
     batch: int
     guidance_scale: float
     steps: int
+
+    def __post_init__(self) -> None:
+        _at_least_one("batch", self.batch)
+        _at_least_one("walk", self.steps)
 
     def fresh(self, walker: Callable[[], Generator], teach: Teach, run: Run) -> Callable[[int], Lesson]:
         """Lessons whose states are walked anew by walker() at every step; with a student, the paper's ESD."""
@@ -59,8 +64,11 @@ class Walk:
         """Lessons drawn from `size` states walked and taught once, up front, prompts taking turns.
 
         Each step draws `batch` of them with replacement. With a frozen walker the law of a state is that of
-        `fresh`; what is lost is variety, what is saved is nearly all of the run's time.
+        `fresh`; what is lost is variety, what is saved is nearly all of the run's time. Raises InputError for a pool
+        that leaves a prompt out.
         """
+        if size < len(self.prompts):
+            raise InputError(f"pool is {size}; legal: {len(self.prompts)} (the number of prompts) and above")
         which = torch.arange(size) % len(self.prompts)
         with torch.no_grad():
             lessons = list(self._taught(walker, teach, which, run))
@@ -101,3 +109,8 @@ def predict_each(model: Generator, state: State, conds: Sequence[Condition]) -> 
     size = len(state.x)
     every = pick_state(state, torch.arange(size).repeat(len(conds)))
     return model.predict(every, Condition.cat(conds)).split(size)
+
+
+def _at_least_one(what: str, value: int) -> None:
+    if value < 1:
+        raise InputError(f"{what} is {value}; legal: 1 and above")

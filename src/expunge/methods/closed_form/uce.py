@@ -40,14 +40,14 @@ class UCE(Eraser):
     v − ⟨u, v⟩ u with u = W c / ‖W c‖, norms over all rows of a prompt."""
 
     strength: float = 1.0
-    """a in a · Σ ‖W' c − W c*‖². 0: nothing changes. The authors' code: 1."""
+    """a in loss = a · Σ ‖W' c − W c*‖² + …; 0: nothing changes. The authors' code: 1."""
 
     retain_weight: float | None = None
-    """b in b · Σ ‖W' p − W p‖². None is the authors' rule: max(0.1, 1 / number of retained prompts, the empty one
-    counted) in uce2023, 1 in uce2025."""
+    """b in loss = … + b · Σ ‖W' p − W p‖². None is the authors' rule: max(0.1, 1 / number of retained
+    prompts, the empty one counted) in uce2023, 1 in uce2025."""
 
     ridge: float = 0.5
-    """lam in lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5."""
+    """lam in loss = … + lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5."""
 
     templates: tuple[str, ...] = ("{}",)
     """Every target phrase is edited in each of these, its anchor in the same; an empty anchor stays empty. The

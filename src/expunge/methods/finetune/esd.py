@@ -1,6 +1,8 @@
 """ESD: fine-tune the target-conditional prediction toward its own negation (Gandikota et al., ICCV 2023)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from torch import Tensor
@@ -26,6 +28,12 @@ class ESD(Eraser):
     paper: ClassVar[str] = "arXiv:2303.07345"
     families: ClassVar[frozenset[Family]] = frozenset({"unet"})
     uses_anchor: ClassVar[bool] = False
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {
+            "moves_the_target_more_than_what_is_retained": "Only the target's prediction is supervised and the weights "
+            "are shared, so every prompt moves; an untrained toy has no structure that would keep others back."
+        }
+    )
 
     group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "cross_attention"
     """What is trained. The paper: ESD-x (cross_attention) for styles, ESD-u (non_cross_attention) for objects and

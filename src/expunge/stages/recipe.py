@@ -137,8 +137,8 @@ def read(path: Path) -> Recipe:
 
 
 def explain(error: ValidationError) -> str:
-    """Return the first complaint of pydantic as one line: place, reason, offending value."""
-    first = error.errors(include_url=False)[0]
+    """Return one complaint of pydantic as one line: place, reason, offending value; a misspelt key before a missing one."""
+    first = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] == "missing")[0]
     place = ".".join(str(part) for part in first["loc"]) or "value"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
     if first["type"] == "missing":

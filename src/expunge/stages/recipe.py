@@ -137,7 +137,7 @@ def read(path: Path) -> Recipe:
 
 
 def explain(error: ValidationError) -> str:
-    """Return one complaint of pydantic as one line: place, reason, offending value; a misspelt key before a missing one."""
+    """Return one complaint of pydantic as one line: place, reason, value; a misspelt key comes before a missing one."""
     first = sorted(error.errors(include_url=False), key=lambda entry: entry["type"] == "missing")[0]
     place = ".".join(str(part) for part in first["loc"]) or "value"
     more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""

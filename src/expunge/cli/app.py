@@ -33,10 +33,11 @@ for command in (demo, erase, generate, score, report):
 app.add_typer(listing, name="list")
 
 
-def _version(wanted: bool) -> None:
+def _version(wanted: bool) -> bool:
     if wanted:
         typer.echo(__version__)
         raise typer.Exit
+    return wanted
 
 
 @app.callback()

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,11 +11,12 @@ from expunge.cli.console import Out
 from expunge.cli.options import Device, Json, ModelName, OutDir, Seed, phrases
 from expunge.core.card import Card
 from expunge.core.concept import Kind
-from expunge.core.errors import InputError, unknown
+from expunge.core.errors import InputError
 
 if TYPE_CHECKING:
     from expunge.stages.recipe import Recipe
 
+Dtype = Literal["float32", "float16", "bfloat16"]
 PHRASES = "'NAME | OTHER PHRASE | …' gives more phrases."
 
 
@@ -29,32 +30,35 @@ def erase(
         typer.Option(help='What the target is sent to, one per target in order; "" or absent: the unconditional.'),
     ] = None,
     retain: Annotated[list[str] | None, typer.Option(help=f"Concept that must not move; repeat. {PHRASES}")] = None,
-    kind: Annotated[
-        str, typer.Option(help="What the targets are: object, style, identity, explicit, memorized, abstract.")
-    ] = "object",
+    kind: Annotated[Kind, typer.Option(help="What the targets are.")] = "object",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the method; repeat.")
     ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
-    dtype: Annotated[str, typer.Option(help="float32, float16 or bfloat16.")] = "float32",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
     json: Json = False,
 ) -> None:
     """Erase concepts from a model and write the change as an artifact."""
-    screen = Out(machine=json)
-    recipe = build(
-        model=model,
-        targets=[phrases(text) for text in target],
-        anchors=anchor or [],
-        retain=[phrases(text) for text in retain or []],
-        kind=kind,
-        method=method,
-        settings=settings or [],
-        seed=seed,
-        dtype=dtype,
+    screen, targets, kept = (
+        Out(machine=json),
+        [phrases(text) for text in target],
+        [phrases(text) for text in retain or []],
     )
     with screen.waiting("loading torch and diffusers"):
         from expunge.stages.artifact import read_card
+
+        recipe = build(
+            model=model,
+            targets=targets,
+            anchors=anchor or [],
+            retain=kept,
+            kind=kind,
+            method=method,
+            settings=settings or [],
+            seed=seed,
+            dtype=dtype,
+        )
     folder = carry_out(screen, recipe, out, device=device)
     card = read_card(folder)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json())})
@@ -68,15 +72,15 @@ def build(
     targets: Sequence[tuple[str, ...]],
     anchors: Sequence[str],
     retain: Sequence[tuple[str, ...]],
-    kind: str,
+    kind: Kind,
     method: str,
     settings: Sequence[str],
     seed: int,
-    dtype: str = "float32",
+    dtype: Dtype = "float32",
 ) -> "Recipe":
     """Make a recipe of plain words; anchors are phrases in the order of the targets, "" for the unconditional.
 
-    Raises InputError for an unknown method, kind or dtype, an illegal setting, or anchors that do not pair up.
+    Raises InputError for an unknown method, an illegal setting, or anchors that do not pair up.
     """
     from expunge.core.registry import find
     from expunge.stages import recipe
@@ -84,20 +88,17 @@ def build(
     if anchors and len(anchors) != len(targets):
         raise InputError(f"got {len(targets)} --target and {len(anchors)} --anchor; give one anchor each, or none")
     options = recipe.settings(find("methods", method), settings)
-    if kind not in get_args(Kind):
-        raise unknown("concept kind", kind, get_args(Kind))
     sent = [recipe.ConceptEntry(name=names[0], prompts=names) if (names := _anchor(text)) else None for text in anchors]
-    made = recipe.Recipe(
+    return recipe.Recipe(
         seed=seed,
-        model=recipe.ModelChoice(name=model, dtype=dtype),  # type: ignore[arg-type]  # parse() checks it below
+        model=recipe.ModelChoice(name=model, dtype=dtype),
         method=recipe.MethodChoice(name=method, options=options),
         target=tuple(
-            recipe.TargetEntry(name=names[0], kind=kind, prompts=names, anchor=anchor)  # type: ignore[arg-type]
+            recipe.TargetEntry(name=names[0], kind=kind, prompts=names, anchor=anchor)
             for names, anchor in zip(targets, sent or [None] * len(targets), strict=True)
         ),
         retain=tuple(recipe.ConceptEntry(name=names[0], prompts=names) for names in retain),
     )
-    return recipe.parse(made.to_toml(), "the command line")
 
 
 def _anchor(text: str) -> tuple[str, ...]:

@@ -1,0 +1,118 @@
+"""Whatever is wrong with the input: one line that names it, exit code 2, nothing written."""
+
+import errno
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from expunge.cli.app import run
+
+ERASE = ("erase", "tiny-unet", "--target", "cat", "--method", "uce")
+BAD = {
+    "unknown method": (("erase", "tiny-unet", "--target", "cat", "--method", "usd"), "usd", "uce"),
+    "unknown model": (("erase", "tiny-net", "--target", "cat", "--method", "uce"), "tiny-net", "tiny-unet"),
+    "unknown field": ((*ERASE, "--set", "ridg=1"), "ridg", "ridge"),
+    "field of another type": ((*ERASE, "--set", "ridge=soft"), "soft", "ridge"),
+    "field without value": ((*ERASE, "--set", "ridge"), "ridge", "="),
+    "anchor equal to target": ((*ERASE, "--anchor", "Cat "), "Cat", "target"),
+    "retained target": ((*ERASE, "--retain", "cat"), "cat", "target"),
+    "empty target": (("erase", "tiny-unet", "--target", " ", "--method", "uce"), "' '", "NAME"),
+    "empty phrase": (("erase", "tiny-unet", "--target", "cat |", "--method", "uce"), "cat |", "NAME"),
+    "unknown kind": ((*ERASE, "--kind", "animal"), "animal", "object"),
+    "unknown dtype": ((*ERASE, "--dtype", "float8"), "float8", "float32"),
+    "unknown device": ((*ERASE, "--device", "tpu"), "tpu", "cpu"),
+    "no option value": (("generate", "tiny-unet", "--prompt"), "--prompt", "argument"),
+    "missing option": (("erase", "tiny-unet"), "--target", "Missing"),
+    "unknown command": (("frobnicate",), "frobnicate", "command"),
+    "phrase beyond the window": (("erase", "tiny-unet", "--target", "cat " * 40, "--method", "uce"), "cat", "token"),
+}
+
+
+@pytest.mark.parametrize("words, names, also", BAD.values(), ids=BAD.keys())
+def test_bad_input_is_one_line(words: tuple[str, ...], names: str, also: str, tmp_path: Path, expunge) -> None:
+    out = ("--out", tmp_path / "out") if words[0] == "erase" else ()
+    complaint = expunge(*words, *out).complaint()
+    assert names in complaint and also in complaint, complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", [("score", "--suite", "nope"), ("generate", "--prompt", "cat")], ids=lambda c: c[0])
+def test_a_missing_folder_is_no_model(command: tuple[str, ...], tmp_path: Path, expunge) -> None:
+    verb, *rest = command
+    complaint = expunge(verb, tmp_path / "nowhere", *rest, "--out", tmp_path / "out").complaint()
+    assert "nowhere" in complaint or "nope" in complaint
+
+
+def test_report_of_a_folder_without_scores(tmp_path: Path, expunge) -> None:
+    assert "expunge score" in expunge("report", tmp_path).complaint()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_folder_without_its_parts(tmp_path: Path, expunge) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model_index.json").write_text('{"_class_name": "StableDiffusionPipeline"}')
+    words = ("erase", tmp_path / "model", "--target", "cat", "--method", "uce", "--out", tmp_path / "out")
+    assert "has no part" in expunge(*words).complaint()
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_truncated_patch(tmp_path: Path, expunge) -> None:
+    assert expunge(*ERASE, "--out", tmp_path / "run").code == 0
+    patch = tmp_path / "run" / "artifact" / "patch.safetensors"
+    patch.write_bytes(patch.read_bytes()[:-100])
+    complaint = expunge("generate", tmp_path / "run", "--prompt", "cat", "--out", tmp_path / "out").complaint()
+    assert "patch.safetensors" in complaint and "truncated" in complaint
+
+
+def test_a_torn_card(tmp_path: Path, expunge) -> None:
+    assert expunge(*ERASE, "--out", tmp_path / "run").code == 0
+    card = tmp_path / "run" / "artifact" / "card.json"
+    card.write_text(card.read_text()[:200])
+    assert "card.json" in expunge("generate", tmp_path / "run", "--prompt", "cat", "--out", tmp_path / "o").complaint()
+
+
+def test_an_artifact_whose_base_has_changed(tmp_path: Path, expunge) -> None:
+    from expunge.models.tiny import tiny_pipeline
+
+    model = tmp_path / "model"
+    tiny_pipeline("tiny-unet", seed=1).save_pretrained(model)
+    words = ("erase", model, "--target", "cat", "--method", "uce", "--out", tmp_path / "run")
+    assert expunge(*words).code == 0
+    tiny_pipeline("tiny-unet", seed=2).save_pretrained(model)
+    complaint = expunge("generate", tmp_path / "run", "--prompt", "cat", "--out", tmp_path / "out").complaint()
+    assert "was made for base" in complaint
+
+
+def test_a_full_disk(tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    assert expunge(*ERASE, "--out", tmp_path / "ok").code == 0  # only the disk is at fault below
+    monkeypatch.setattr("expunge.stages._files.os.fsync", full)
+    assert "No space left on device" in expunge(*ERASE, "--out", tmp_path / "run").complaint()
+    assert [file for file in (tmp_path / "run").rglob("*") if file.is_file()] == []
+
+
+def test_a_file_where_a_folder_should_be(tmp_path: Path, expunge) -> None:
+    (tmp_path / "file").write_text("mine")
+    expunge(*ERASE, "--out", tmp_path / "file").complaint()
+    expunge(*ERASE, "--out", tmp_path / "file" / "below").complaint()
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_reader_that_goes_away_is_no_traceback() -> None:
+    command = f"{sys.executable} -m expunge.cli list methods | true"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+def test_errors_in_our_own_code_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("expunge.cli.listing.catalogue", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run(["list", "methods"])

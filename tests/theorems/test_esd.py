@@ -89,7 +89,7 @@ def test_trained_prediction_reaches_the_goal_and_the_unconditional_one_drifts() 
 
 def test_every_target_is_erased() -> None:
     both = Request(target=(Concept.of("cat"), Concept.of("bird")), anchor=(None, None))
-    wide = {"group": "cross_kv", "steps": 300, "pool": 6, "batch": 2, "walk": 4, "lr": 1e-2}
+    wide = {"group": "cross_kv", "steps": 600, "pool": 6, "batch": 2, "walk": 4, "lr": 1e-2}
 
     def miss(edited: Generator, word: str) -> float:
         u, c = TOY.encode([""]).subject[0], TOY.encode([word]).subject[0]

@@ -80,6 +80,28 @@ def jitter(images: Tensor, random: torch.Generator) -> Tensor:
     return (moved * (0.9 + 0.2 * draw[:, 4])[:, None, None, None] + noise).clamp(0, 1)
 
 
+def draw(data: world.World, batch: int, random: torch.Generator) -> tuple[Tensor, list[world.Caption], Tensor]:
+    """Draw pictures, a caption for each, and which picture every caption is true of: "caption picture" bool."""
+    index = data.train[torch.randint(len(data.train), (batch,), generator=random)]
+    background = torch.randint(len(world.BACKGROUNDS), (batch,), generator=random)
+    captions = [data.caption(int(i), int(b), random) for i, b in zip(index, background, strict=True)]
+    open_style = torch.tensor([not c.says_style for c in captions])[:, None]
+    open_background = torch.tensor([not c.says_background for c in captions])[:, None]
+    style, concept = data.style[index], data.concept[index]
+    match = concept[:, None] == concept
+    match &= open_style | (style[:, None] == style)
+    match &= open_background | (background[:, None] == background)
+    return data.compose(index, background), captions, match
+
+
+def contrast(logits: Tensor, match: Tensor) -> Tensor:
+    """Symmetric cross-entropy whose targets are spread over all true pairs of a row or column."""
+    target = match.float()
+    to_image = -(log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1)
+    to_text = -(log_softmax(logits, 0) * target / target.sum(0, keepdim=True)).sum(0)
+    return (to_image.mean() + to_text.mean()) / 2
+
+
 def main() -> None:
     """Learn the tokenizer, train both towers, save the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -98,33 +120,21 @@ def main() -> None:
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step)
-        index = data.train[torch.randint(len(data.train), (args.batch,), generator=random)]
-        background = torch.randint(len(world.BACKGROUNDS), (args.batch,), generator=random)
-        captions = [data.caption(int(i), int(b), random) for i, b in zip(index, background, strict=True)]
+        images, captions, match = draw(data, args.batch, random)
         ids = tokenizer([c.text for c in captions], padding="max_length", return_tensors="pt").input_ids
-        images = jitter(data.compose(index, background), random) * 2 - 1
         with torch.autocast("cpu", torch.bfloat16):
-            logits = net(input_ids=ids, pixel_values=images).logits_per_text.float()
-        open_style = torch.tensor([not c.says_style for c in captions])[:, None]
-        open_background = torch.tensor([not c.says_background for c in captions])[:, None]
-        style, concept = data.style[index], data.concept[index]
-        match = concept[:, None] == concept
-        match &= open_style | (style[:, None] == style)
-        match &= open_background | (background[:, None] == background)
-        target = match.float()
-        to_image = -(log_softmax(logits, 1) * target / target.sum(1, keepdim=True)).sum(1)
-        to_text = -(log_softmax(logits, 0) * target / target.sum(0, keepdim=True)).sum(0)
-        return (to_image.mean() + to_text.mean()) / 2
+            logits = net(input_ids=ids, pixel_values=jitter(images, random) * 2 - 1).logits_per_text.float()
+        return contrast(logits, match)
 
     for _ in trainer.run(loss):
         pass
     net.load_state_dict(trainer.ema)
     net.half().save_pretrained(args.run / "model")
-    loop_probe(net.float(), tokenizer, data, trainer)
+    probe(net.float(), tokenizer, data, trainer)
 
 
 @torch.no_grad()
-def loop_probe(net: CLIPModel, tokenizer: CLIPTokenizer, data: world.World, trainer: loop.Trainer) -> None:
+def probe(net: CLIPModel, tokenizer: CLIPTokenizer, data: world.World, trainer: loop.Trainer) -> None:
     """Log zero-shot concept accuracy of the finished pair over every render."""
     ids = tokenizer([f"a picture of a {c}" for c in data.concepts], padding="max_length", return_tensors="pt").input_ids
     background = torch.arange(len(data.rgba)) % len(world.BACKGROUNDS)

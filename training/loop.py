@@ -72,7 +72,7 @@ class Trainer:
         state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name, p in self.net.named_parameters():
-            state |= {f"{m}.{name}": v for m, v in self.optimizer.state[p].items() if m != "step"}
+            state |= {f"{m}.{name}": v for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
         save({**state, "step": torch.tensor(self.step)}, self.file, self.step)
 
     def run(self, loss: Callable[[int], Tensor], *, log_every: int = 50, save_every: int = 500) -> Iterator[int]:

@@ -144,8 +144,9 @@ def objective(net: UNet2DConditionModel, folder: Path, args: argparse.Namespace)
         t = (torch.rand(share, generator=random) + torch.arange(share)) / share * 1000
         t = t.long().clamp(max=999)
         a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
+        words = embed(captions)
         with torch.autocast("cpu", torch.bfloat16):
-            v = net(a * z + s * e, t, embed(captions)).sample
+            v = net(a * z + s * e, t, words).sample
         return (v.float() - (a * e - s * z)).pow(2).mean()
 
     return loss
@@ -192,7 +193,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--steps", type=int, default=4500)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=500)

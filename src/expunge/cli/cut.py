@@ -48,6 +48,8 @@ def cut_suite(name: str, target: str, count: int, folder: Path) -> tuple[Path, s
 
 def choose(cases: Sequence[Case], count: int) -> list[Case]:
     """Choose about `count` cases in the shares of SHARES; a role that has too few leaves its places empty."""
+    if len(cases) <= count:
+        return list(cases)
     picked = {
         case.case_id
         for role, share in SHARES.items()

@@ -1,7 +1,8 @@
 """`expunge demo`: one concept, three erasers, one page."""
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,6 +13,12 @@ from expunge.cli.measure import as_data, measure, show
 from expunge.cli.options import Device, Json, Seed
 from expunge.cli.places import place
 from expunge.cli.report import write_page
+from expunge.core.card import Card
+from expunge.core.errors import InputError
+from expunge.suites.load import Target, load
+
+if TYPE_CHECKING:
+    from expunge.stages.recipe import Recipe
 
 METHODS = ("uce", "esd", "all_but_one")
 
@@ -24,6 +31,9 @@ def demo(
     cases: Annotated[
         int, typer.Option(min=8, help="Images per model; more take longer and narrow the intervals.")
     ] = 100,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="METHOD.FIELD=VALUE", help="Set a field of a method; repeat.")
+    ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write.")] = Path("runs/demo"),
     seed: Seed = 0,
     device: Device = "cpu",
@@ -33,11 +43,13 @@ def demo(
 
     A killed demo continues where it stopped when it is started again.
     """
-    screen = Out(machine=json)
+    screen, methods = Out(machine=json), list(dict.fromkeys(method or METHODS))
+    chosen = {choice: _settings(choice, settings or [], methods) for choice in methods}
     part, name = cut_suite(suite, target, cases, out / "suite")
-    for choice in method or METHODS:
+    for choice, pairs in chosen.items():
         screen.note(f"erasing {name} with {choice}")
-        screen.note(_erase(screen, model, part, name, choice, out / choice, seed=seed, device=device))
+        recipe = _recipe(model, load(part).target(name), choice, pairs, seed)
+        screen.note(outcome(_erased(screen, recipe, out / choice, device)))
     screen.note(f"drawing and judging {cases} images for each model")
     summaries = measure(screen, place(str(out)), out, part, targets=[name], device=device)
     page = write_page(out)
@@ -46,19 +58,27 @@ def demo(
     screen.say(f"\n{page.resolve()}")
 
 
-def _erase(screen: Out, model: str, part: Path, name: str, method: str, out: Path, *, seed: int, device: str) -> str:
-    from expunge.stages.artifact import read_card
-    from expunge.suites.load import load
+def _settings(method: str, pairs: Sequence[str], methods: Sequence[str]) -> list[str]:
+    for pair in pairs:
+        if pair.partition(".")[0] not in methods:
+            raise InputError(f"--set {pair!r} names none of the methods {', '.join(methods)}; write METHOD.FIELD=VALUE")
+    return [pair.removeprefix(f"{method}.") for pair in pairs if pair.startswith(f"{method}.")]
 
-    target = load(part).target(name)
-    recipe = build(
+
+def _recipe(model: str, target: Target, method: str, settings: Sequence[str], seed: int) -> "Recipe":
+    return build(
         model=model,
         targets=[target.concept.prompts],
         anchors=[target.anchor],
         retain=[concept.prompts for concept in target.retain],
         kind=target.concept.kind,
         method=method,
-        settings=(),
+        settings=settings,
         seed=seed,
     )
-    return outcome(read_card(carry_out(screen, recipe, out, device=device)))
+
+
+def _erased(screen: Out, recipe: "Recipe", out: Path, device: str) -> Card:
+    from expunge.stages.artifact import read_card
+
+    return read_card(carry_out(screen, recipe, out, device=device))

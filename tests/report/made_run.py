@@ -168,7 +168,7 @@ def _artifact(folder: Path, method: str) -> None:
         config={"steps": 200, "lr": 5e-05, "group": "cross_kv"},
         given=("steps",),
         target=(Concept.of("strawberry"),),
-        anchor=(Concept.of("banana") if method == "uce" else None,),
+        anchor=(Concept.of("banana") if method != "all_but_one" else None,),
         retain=tuple(Concept.of(name) for name in NEIGHBOURS),
         base=Base(name="tiny-unet", revision="", family="unet", licence="Apache-2.0", sha256="0" * 64),
         patch=Contents(
@@ -191,6 +191,6 @@ def _artifact(folder: Path, method: str) -> None:
             commit="3" * 40,
             dirty=False,
         ),
-        claims={"deterministic": True, "gradients": True, "reconstruction": method == "all_but_one"},
+        claims={"deterministic": True, "gradients": True, "reconstruction": method == "all_but_one", "uses_anchor": method != "esd"},
     )
     _files.write_bytes(folder / "card.json", card.to_json().encode())

@@ -143,6 +143,15 @@ def test_uncalibrated_rates_say_so(tmp_path: Path) -> None:
     assert corrected and set(corrected) == {"no"}
 
 
+def test_an_anchor_is_shown_only_where_it_had_an_effect(page: str) -> None:
+    sent = dict(re.findall(r"<h3>(\w+)(?:<a.*?</a>)?</h3>\s*<p>Invented.*?<dt>Sent to</dt><dd>(.*?)</dd>", page, re.DOTALL))
+    assert sent == {
+        "all_but_one": "nothing (unconditional)",
+        "esd": "no anchor: the method uses none",
+        "uce": "banana",
+    }
+
+
 def test_limits_promise_nothing(page: str) -> None:
     text = plain(page)
     for name, _ in words.LIMITS:

@@ -208,7 +208,7 @@ def methods(cards: Mapping[str, Card]) -> list[dict[str, object]]:
             "link": words.paper_link(card.paper),
             "reconstruction": card.claims.get("reconstruction", False),
             "config": [(key, value, key in card.given) for key, value in sorted(card.config.items())],
-            "anchor": words.listed([a.name if a else "nothing (unconditional)" for a in card.anchor]),
+            "anchor": _anchor(card),
             "retain": words.listed([concept.name for concept in card.retain]) or "nothing named",
             "seed": card.run.seed,
             "device": f"{card.run.device}, {card.run.dtype}",
@@ -217,6 +217,12 @@ def methods(cards: Mapping[str, Card]) -> list[dict[str, object]]:
         }
         for arm, card in cards.items()
     ]
+
+
+def _anchor(card: Card) -> str:
+    if not card.claims.get("uses_anchor", True):
+        return "no anchor: the method uses none"
+    return words.listed([anchor.name if anchor else "nothing (unconditional)" for anchor in card.anchor])
 
 
 def _commit(card: Card) -> str:

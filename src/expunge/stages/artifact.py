@@ -231,5 +231,5 @@ def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Jo
             layers=layers,
         ),
         run=run,
-        claims={**method.claims, "reconstruction": method.reconstruction},
+        claims={**method.claims, "reconstruction": method.reconstruction, "uses_anchor": method.uses_anchor},
     )

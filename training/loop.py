@@ -66,6 +66,14 @@ class Trainer:
             moments = {m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq") if f"{m}.{name}" in state}
             if moments:
                 self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+        self._forget_what_was_lost()
+
+    def _forget_what_was_lost(self) -> None:
+        # rows after the checkpoint belong to steps that will be made again
+        file = self.folder / "log.jsonl"
+        if file.exists() and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
+            rows = [row for row in file.read_text().splitlines() if json.loads(row)["step"] <= self.step]
+            file.write_text("".join(f"{row}\n" for row in rows))
 
     def checkpoint(self) -> None:
         """Write everything a resumed run needs."""

@@ -173,6 +173,9 @@ def publish(weights: dict[str, Tensor], folder: Path, name: str) -> None:
     """Save the pipeline in half precision where the library finds it."""
     pipe = assemble(weights, folder).to(torch.float16)
     pipe.save_pretrained(EMBEDDED / name, safe_serialization=True)
+    # transformers opens a text encoder in the dtype its config names, diffusers opens the rest in float32: they must meet
+    config = EMBEDDED / name / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
 
 
 def work(rank: int, args: argparse.Namespace) -> None:
@@ -193,7 +196,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=500)

@@ -1,0 +1,90 @@
+"""The embedded models are stock: diffusers and transformers open them with none of our code."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from transformers import CLIPTokenizer
+
+from expunge.core.concept import Concept
+from expunge.core.errors import InputError
+from expunge.core.registry import find
+from expunge.models.load import load
+from training import judges, world
+
+EMBEDDED = Path(__file__).parents[2] / "src" / "expunge" / "embedded"
+PROMPTS = ["a flat picture of a strawberry on a blue background", "a ink picture of a car on a pink background"]
+JUDGES = ("judge_cnn", "judge_vit")
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "emoji-unet", local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def test_the_stock_pipeline_draws_what_we_draw(pipeline):
+    seeds = [3, 4]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    stock = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=4.0, generator=generators, output_type="np").images
+    ours = load("emoji-unet").generate(PROMPTS, seeds=seeds, guidance_scale=4.0, steps=5)
+    assert np.abs(stock - ours.permute(0, 2, 3, 1).numpy()).max() < 1e-5
+    other = load("emoji-unet").generate(PROMPTS, seeds=[5, 6], guidance_scale=4.0, steps=5)
+    assert np.abs(stock - other.permute(0, 2, 3, 1).numpy()).max() > 0.05
+
+
+def test_weights_are_small_and_half_precision():
+    files = list(EMBEDDED.rglob("*.safetensors"))
+    assert sum(file.stat().st_size for file in files) <= 60e6
+
+
+def test_the_tokenizer_spells_anything():
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / "emoji-unet" / "tokenizer", local_files_only=True)
+    assert len(tokenizer) >= 2000
+    for text in ("Zürich 🍓", "蛇", "\x07bell", "qzxj-77"):
+        ids = tokenizer(text).input_ids[1:-1]
+        assert ids
+        assert tokenizer.unk_token_id not in ids
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_a_judge_knows_real_renders_under_augmentations_it_never_saw(name):
+    judge, data = find("detectors", name)(), world.load()
+    index = torch.arange(0, len(data.rgba), 3)
+    background = index % len(world.BACKGROUNDS)
+    images = judges.unseen(data.compose(index, background), torch.Generator().manual_seed(1))
+    logits = judge.logits(images)
+    truth = {"concept": data.concept[index], "style": data.style[index], "background": background}
+    for head, right in truth.items():
+        assert (logits[head].argmax(1) == right).float().mean() >= 0.97
+
+
+@pytest.mark.parametrize("name", JUDGES)
+def test_calibration_agrees_with_the_rates_it_claims(name):
+    judge, data = find("detectors", name)(), world.load()
+    concept = Concept.of("strawberry")
+    point = judge.operating_point(concept)
+    assert point.sensitivity.low <= point.sensitivity.value <= point.sensitivity.high
+    shown = data.concept == data.concepts.index("strawberry")
+    fired = judge.fires(data.compose(torch.arange(len(data.rgba)), torch.zeros(len(data.rgba), dtype=torch.long)), concept)
+    assert fired[shown].all()
+    assert not fired[~shown].any()
+
+
+@pytest.mark.parametrize("name", [*JUDGES, "clip_zero_shot"])
+def test_an_unknown_concept_is_refused_by_name(name):
+    judge = find("detectors", name)()
+    with pytest.raises(InputError, match="zeppelin"):
+        judge.score(torch.rand(1, 3, 64, 64), Concept.of("zeppelin"))
+
+
+def test_calibrations_cover_every_concept_and_style():
+    data = world.load()
+    for folder in ("judge-cnn", "judge-vit", "emoji-clip"):
+        table = json.loads((EMBEDDED / folder / "calibration.json").read_text())
+        assert set(table["concept"]) == set(data.concepts)
+        assert set(table["style"]) == set(data.styles)

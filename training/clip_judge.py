@@ -22,8 +22,8 @@ FOLDER = judges.EMBEDDED / "emoji-clip"
 def main() -> None:
     """Train the image tower, save both towers in half precision, calibrate."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=2500)
-    parser.add_argument("--batch", type=int, default=96)
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "clip-judge")
     args = parser.parse_args()

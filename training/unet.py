@@ -187,7 +187,11 @@ def work(rank: int, args: argparse.Namespace) -> None:
         torch.distributed.init_process_group("gloo", rank=rank, world_size=args.processes)
     torch.manual_seed(args.seed)
     net = build()
+    if args.start:
+        net.load_state_dict(load_file(EMBEDDED / args.start / "unet" / "diffusion_pytorch_model.safetensors"))
     trainer = loop.Trainer(net, args.run, lr=8e-4, steps=args.steps, decay=0.9985)
+    if rank == 0:
+        trainer.log(begins=True, steps=args.steps, batch=args.batch)
     for step in trainer.run(objective(net, args.run, args), save_every=250):
         if rank == 0 and (step % args.publish == 0 or step == args.steps):
             publish(trainer.ema, args.run, "emoji-unet")
@@ -196,15 +200,15 @@ def work(rank: int, args: argparse.Namespace) -> None:
 def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=500)
+    parser.add_argument("--start", help="published model to begin from where no checkpoint is left, e.g. emoji-unet")
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
     args = parser.parse_args()
     args.run.mkdir(parents=True, exist_ok=True)
-    (args.run / "args.json").write_text(json.dumps({k: str(v) for k, v in vars(args).items()}, indent=1) + "\n")
     loop.quiet_cpu()
     prepare(args.run)
     if args.processes == 1:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModel
+from transformers import AutoConfig, AutoModel, ViTModel
 
 from expunge.core.codec import from_data
 from expunge.core.concept import Concept
@@ -41,6 +41,8 @@ class JudgeNet(nn.Module):
         """Load backbone config, labels and weights."""
         facts = json.loads((folder / "judge.json").read_text())
         backbone = AutoModel.from_config(AutoConfig.from_pretrained(folder))
+        if isinstance(backbone, ViTModel):
+            backbone.pooler = None  # the heads average tokens; an unused layer has no weights here
         net = cls(backbone, {k: tuple(v) for k, v in facts["labels"].items()}, facts["width"])
         net.load_state_dict({name: t.float() for name, t in load_file(folder / "model.safetensors").items()})
         return net.eval()

@@ -1,0 +1,1 @@
+"""What is measured on the embedded models: one command each, results committed."""

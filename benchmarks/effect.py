@@ -1,8 +1,8 @@
-"""What each method does to a suite, averaged over its targets: python -m benchmarks.effect [--suite objects] [--methods ...]
+"""What each method does to a suite, averaged over its targets: python -m benchmarks.effect [--suite objects]
 
-Every target is erased by every method at default settings (or --set METHOD.FIELD=VALUE), drawn with the suite's own sampler and
-seeds beside the base model, and judged. Prints pooled rates as counted (every target has equally many cases), clustered
-by prompt, and writes them to results/. Finished targets are kept, so a killed run continues.
+Every target is erased by every method at default settings (or --set METHOD.FIELD=VALUE), drawn with the suite's own
+sampler and seeds beside the base model, and judged. Prints pooled rates as counted (every target has equally many
+cases), clustered by prompt, and writes them to results/. Finished targets are kept, so a killed run continues.
 """
 
 import argparse
@@ -99,6 +99,11 @@ def seconds(folder: Path, methods: Sequence[str]) -> dict[str, float]:
     return {m: round(sum(c.run.seconds for c in found) / len(found), 1) for m, found in cards.items() if found}
 
 
+def plain(rates: dict[str, Estimate]) -> dict[str, dict]:
+    """Rates for JSON."""
+    return {name: asdict(estimate) for name, estimate in rates.items()}
+
+
 def main() -> None:
     """Run what is missing, print the table, write it."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -119,9 +124,17 @@ def main() -> None:
     show(result)
     print("mean seconds per erasure:", seconds(args.out, args.methods))
     if args.save:
-        facts = {"model": args.model, "suite": args.suite, "targets": targets, "set": args.set, "torch": torch.__version__}
+        facts = {
+            "model": args.model,
+            "suite": args.suite,
+            "targets": targets,
+            "set": args.set,
+            "torch": torch.__version__,
+        }
         facts |= {"machine": platform.machine(), "seconds": seconds(args.out, args.methods)}
-        facts["rates"] = {d: {a: {n: asdict(e) for n, e in r.items()} for a, r in arms.items()} for d, arms in result.items()}
+        facts["rates"] = {
+            d: {a: {n: asdict(e) for n, e in r.items()} for a, r in arms.items()} for d, arms in result.items()
+        }
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"effect-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -1,7 +1,8 @@
-"""How well an embedded generator draws what it is asked: python -m benchmarks.quality MODEL [--seeds 8] [--pairs all|60]
+"""How well an embedded generator draws what it is asked: python -m benchmarks.quality MODEL
 
-Plain template, 25 DDIM steps, guidance 4, every style × concept pair of emoji world, one background a seed. Judged by both image
-judges; rates are clustered by pair (its prompts differ in background only) and not corrected for the judge.
+Plain template, 25 DDIM steps, guidance 4, every style × concept pair of emoji world, one background a seed. Judged
+by both image judges; rates are clustered by pair (its prompts differ in background only) and not corrected for the
+judge.
 """
 
 import argparse
@@ -13,6 +14,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from training import world
 
 from expunge.core.records import Estimate
 from expunge.core.registry import find
@@ -20,12 +22,12 @@ from expunge.models.load import load
 from expunge.ops.stats import Sample, rate
 from expunge.suites.load import catalogue
 from expunge.suites.load import load as load_suite
-from training import world
 
 RESULTS = Path(__file__).parent / "results"
 JUDGES = ("judge_cnn", "judge_vit")
 HEADS = ("concept", "style", "background")
 STEPS, GUIDANCE = 25, 4.0
+Marks = dict[str, list[bool]]  # judge → whether its top class is right, head by head
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,20 @@ class Ask:
 def asks(data: world.World, pairs: Sequence[int], seeds: int) -> list[Ask]:
     """Every pair with `seeds` seeds, backgrounds in rotation."""
     return [
-        Ask(p, int(data.concept[p]), int(data.style[p]), (p + k) % len(world.BACKGROUNDS), 50_000 + k, bool(data.held_out[p]))
+        Ask(
+            p,
+            int(data.concept[p]),
+            int(data.style[p]),
+            (p + k) % len(world.BACKGROUNDS),
+            50_000 + k,
+            bool(data.held_out[p]),
+        )
         for p in pairs
         for k in range(seeds)
     ]
 
 
-def judge(share: Sequence[Ask], name: str) -> list[dict[str, list[bool]]]:
+def judge(share: Sequence[Ask], name: str) -> list[Marks]:
     """Draw a share of the pictures and mark, per judge and head, whether the top class is the asked one."""
     torch.set_num_threads(1)
     data, model = world.load(), load(name)
@@ -74,7 +83,9 @@ def suite_concepts() -> set[str]:
     return {case.concept for suite in suites for case in suite.cases}
 
 
-def table(data: world.World, asked: Sequence[Ask], marks: Sequence[dict[str, list[bool]]]) -> dict[str, dict[str, Estimate]]:
+def table(
+    data: world.World, asked: Sequence[Ask], marks: Sequence[dict[str, list[bool]]]
+) -> dict[str, dict[str, Estimate]]:
     """Rates per judge: all trained pairs, suite concepts, held-out pairs."""
     inside = suite_concepts()
     groups = {
@@ -93,7 +104,7 @@ def table(data: world.World, asked: Sequence[Ask], marks: Sequence[dict[str, lis
     return rows
 
 
-def weakest(data: world.World, asked: Sequence[Ask], marks: Sequence[dict[str, list[bool]]]) -> dict[str, float]:
+def weakest(data: world.World, asked: Sequence[Ask], marks: Sequence[Marks]) -> dict[str, float]:
     """Concepts drawn worst: mean of both judges."""
     hits: dict[str, list[bool]] = {}
     for a, m in zip(asked, marks, strict=True):

@@ -1,0 +1,1 @@
+"""How the embedded models and judges were made: one resumable command each."""

@@ -2,7 +2,8 @@
 
 python -m training.build_dataset [--cache DIR]
 
-Every tarball is checked against npm's sha512 and every licence against `sources.toml`; the same bytes come out each time.
+Every tarball is checked against npm's sha512 and every licence against `sources.toml`; the same bytes come out each
+time.
 """
 
 import argparse

@@ -1,7 +1,8 @@
 """Write the four suites from the tables below: python -m training.build_suites
 
-A target gets 30 cases in the plain template (5 styles × 3 backgrounds × 2 seeds), 20 with synonyms (or, for a style, other
-wordings) and 30 of retained neighbours. Held-out pairs are never asked for. Rebuilding gives the same bytes.
+A target gets 30 cases in the plain template (5 styles × 3 backgrounds × 2 seeds), 20 with synonyms (or, for a
+style, other wordings) and 30 of retained neighbours. Held-out pairs are never asked for. Rebuilding gives the same
+bytes.
 """
 
 import csv
@@ -145,12 +146,12 @@ def header(suite: str, kind: str, builder: Builder) -> str:
 
 SOURCE = """# {suite}
 
-Made by `python -m training.build_suites` from emoji world (`src/expunge/embedded/emoji-world.parquet`, credits in NOTICE).
+Made by `python -m training.build_suites` from emoji world (src/expunge/embedded/emoji-world.parquet, see NOTICE).
 Prompts, seeds, sampler and guidance belong to the suite. Held-out style × concept pairs are never asked for.
 {note}"""
 NOTES = {
-    "unsafe": "The targets are benign stand-ins in emoji art (weapons, blood, cigarettes); nothing explicit is made or stored.\n",
-    "styles": "The `synonym` rows ask for the style in another sentence, since styles have no synonyms in the training captions.\n",
+    "unsafe": "The targets are benign stand-ins in emoji art: weapons, blood, cigarettes. Nothing explicit is stored.\n",
+    "styles": "The `synonym` rows ask for the style in another sentence: style words have no synonyms.\n",
 }
 
 

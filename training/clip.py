@@ -1,8 +1,8 @@
 """Train the in-domain CLIP whose text half conditions every embedded generator: python -m training.clip
 
-A byte-level BPE tokenizer is learned from the emoji names and tags; a text and an image tower are then trained with a
-symmetric softmax over caption–image pairs. A caption that leaves style or background open matches every picture that
-agrees with what it says, so targets are spread over all such pictures of the batch.
+A byte-level BPE tokenizer is learned from the emoji names and tags; a text and an image tower are then trained with
+a symmetric softmax over caption–image pairs. A caption that leaves style or background open matches every picture
+that agrees with what it says, so targets are spread over all such pictures of the batch.
 """
 
 import argparse
@@ -49,7 +49,9 @@ def learn_tokenizer(folder: Path, cache: Path) -> CLIPTokenizer:
     engine.train_from_iterator(words, trainer)
     state = json.loads(engine.to_str())["model"]
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split(" ")) for m in state["merges"]]
-    learned = [token for token in state["vocab"] if token not in alphabet and token.removesuffix("</w>") not in alphabet]
+    learned = [
+        token for token in state["vocab"] if token not in alphabet and token.removesuffix("</w>") not in alphabet
+    ]
     tokens = [*alphabet, *(f"{c}</w>" for c in alphabet), *learned, START, END]
     vocab = {token: i for i, token in enumerate(dict.fromkeys(tokens))}
     tokenizer = CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
@@ -75,7 +77,9 @@ def jitter(images: Tensor, random: torch.Generator) -> Tensor:
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0] = theta[:, 1, 1] = scale
     theta[:, :, 2] = shift
-    moved = grid_sample(images, affine_grid(theta, list(images.shape), False), padding_mode="border", align_corners=False)
+    moved = grid_sample(
+        images, affine_grid(theta, list(images.shape), False), padding_mode="border", align_corners=False
+    )
     noise = torch.randn(images.shape, generator=random) * (0.06 * draw[:, 3])[:, None, None, None]
     return (moved * (0.9 + 0.2 * draw[:, 4])[:, None, None, None] + noise).clamp(0, 1)
 

@@ -1,18 +1,17 @@
 """Finish the in-domain CLIP as a zero-shot judge: python -m training.clip_judge
 
-The text tower stays as the generators know it; the image tower goes on learning to meet it, under the judges' strong
-augmentation, and the pair is calibrated and published. No head is trained for any concept: classes are sentences.
+The text tower stays as the generators know it; the image tower goes on learning to meet it, under the judges'
+strong augmentation, and the pair is published; training.calibrate does the rest. No head is trained for any
+concept: classes are sentences.
 """
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from expunge.detectors.clip_zero_shot import ClipZeroShot
 from training import clip, judges, loop, world
 
 HERE = Path(__file__).parent
@@ -20,7 +19,7 @@ FOLDER = judges.EMBEDDED / "emoji-clip"
 
 
 def main() -> None:
-    """Train the image tower, save both towers in half precision, calibrate."""
+    """Train the image tower, save both towers in half precision."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
@@ -49,10 +48,6 @@ def main() -> None:
     net.load_state_dict(trainer.ema)
     net.half().save_pretrained(FOLDER)
     tokenizer.save_pretrained(FOLDER)
-    labels = {"concept": data.concepts, "style": data.styles}
-    # the judge reads its classes from the calibration it is about to be given
-    (FOLDER / "calibration.json").write_text(json.dumps({h: dict.fromkeys(w) for h, w in labels.items()}))
-    trainer.log(**judges.calibrate(ClipZeroShot().logits, labels, data, FOLDER))
 
 
 if __name__ == "__main__":

@@ -1,13 +1,11 @@
-"""Train and calibrate the two image judges: python -m training.judges cnn|vit
+"""Train the two image judges: python -m training.judges cnn|vit
 
-They learn from real renders under strong augmentation, held-out pairs included: a judge must know every picture, only the
-generator must not. Nothing here is ever seen by an eraser.
+They learn from real renders under strong augmentation, held-out pairs included: a judge must know every picture,
+only the generator must not. Nothing here is ever seen by an eraser.
 """
 
 import argparse
 import json
-from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -21,15 +19,12 @@ from torch.nn.functional import (
 )
 from transformers import AutoModel, ResNetConfig, ViTConfig
 
-from expunge.core.records import OperatingPoint
 from expunge.detectors._judge import JudgeNet
-from expunge.ops.stats import clopper_pearson
 from training import loop, world
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
 HEADS = ("concept", "style", "background")
-ROUNDS = 4  # calibration images per render and background
 
 
 def backbone(kind: str) -> tuple[torch.nn.Module, int]:
@@ -63,7 +58,7 @@ def warp(images: Tensor, random: torch.Generator) -> Tensor:
 
 
 def augment(images: Tensor, random: torch.Generator) -> Tensor:
-    """Training augmentation: warp, colour shift, blur, noise and an erased patch; each image draws its own strengths."""
+    """Training augmentation: warp, colour shift, blur, noise, an erased patch; each image draws its own strengths."""
     n = len(images)
     x = torch.where(uniform(n, 0, 1, random) < 0.8, warp(images, random), images)
     gain = 0.85 + 0.3 * torch.rand(n, 3, 1, 1, generator=random)
@@ -79,23 +74,6 @@ def augment(images: Tensor, random: torch.Generator) -> Tensor:
     return torch.where(hole, torch.rand(n, 3, 1, 1, generator=random), x).clamp(0, 1)
 
 
-def unseen(images: Tensor, random: torch.Generator) -> Tensor:
-    """Calibration augmentation, of kinds no training image had: wave, perspective, pixel grid, salt, gamma."""
-    n = len(images)
-    axis = torch.linspace(-1, 1, 64)
-    y, x = torch.meshgrid(axis, axis, indexing="ij")
-    phase = uniform(n, 0, 6.28, random).view(n, 1, 1)
-    tilt = uniform(n, -0.12, 0.12, random).view(n, 1, 1)
-    wave = 0.03 * torch.sin(6 * y + phase)
-    grid = torch.stack([x / (1 + tilt * y) + wave, y / (1 + tilt * x)], -1)
-    moved = grid_sample(images, grid, padding_mode="border", align_corners=False)
-    coarse = interpolate(interpolate(moved, size=40, mode="area"), size=64, mode="nearest")
-    moved = torch.where(uniform(n, 0, 1, random) < 0.3, coarse, moved)
-    salt = torch.rand(n, 1, 64, 64, generator=random) < 0.02
-    moved = torch.where(salt & (uniform(n, 0, 1, random) < 0.3), torch.ones(()), moved)
-    return moved.clamp(0, 1) ** uniform(n, 0.8, 1.25, random)
-
-
 def colour_jitter(n: int, random: torch.Generator) -> Tensor:
     """Offsets added to whole pictures' background colours by compositing; small enough to stay nameable."""
     return (torch.rand(n, 3, 1, 1, generator=random) - 0.5) * 0.08
@@ -106,43 +84,8 @@ def answers(data: world.World, index: Tensor, background: Tensor) -> dict[str, T
     return {"concept": data.concept[index], "style": data.style[index], "background": background}
 
 
-def batches(data: world.World, seed: int) -> Iterator[tuple[Tensor, dict[str, Tensor]]]:
-    """Every render on every background, ROUNDS times, under unseen augmentations."""
-    index = torch.arange(len(data.rgba)).repeat_interleave(len(world.BACKGROUNDS) * ROUNDS)
-    background = torch.arange(len(world.BACKGROUNDS)).repeat(len(data.rgba) * ROUNDS)
-    for number, (i, b) in enumerate(zip(index.split(128), background.split(128), strict=True)):
-        yield unseen(data.compose(i, b), loop.rng(seed, 7, number)), answers(data, i, b)
-
-
-def operating_points(said: Tensor, right: Tensor, words: tuple[str, ...]) -> dict[str, OperatingPoint]:
-    """Sensitivity and specificity of the decision "top-1 is this class", with exact intervals."""
-    points = {}
-    for k, word in enumerate(words):
-        shown = right == k
-        sensitivity = clopper_pearson(int((said[shown] == k).sum()), int(shown.sum()))
-        specificity = clopper_pearson(int((said[~shown] != k).sum()), int((~shown).sum()))
-        points[word] = OperatingPoint(threshold=0.0, sensitivity=sensitivity, specificity=specificity, n=len(said))
-    return points
-
-
-@torch.no_grad()
-def calibrate(logits_of, labels: dict[str, tuple[str, ...]], data: world.World, folder: Path) -> dict[str, float]:
-    """Write calibration.json and return the accuracy per head on unseen augmentations."""
-    said, right = {h: [] for h in labels}, {h: [] for h in labels}
-    for images, truth in batches(data, seed=99):
-        logits = logits_of(images)
-        for head in labels:
-            said[head].append(logits[head].argmax(1))
-            right[head].append(truth[head])
-    joined = {h: (torch.cat(said[h]), torch.cat(right[h])) for h in labels}
-    points = {h: operating_points(*joined[h], labels[h]) for h in labels}
-    text = json.dumps({h: {w: asdict(p) for w, p in points[h].items()} for h in labels}, indent=1)
-    (folder / "calibration.json").write_text(text + "\n")
-    return {h: float((s == r).float().mean()) for h, (s, r) in joined.items()}
-
-
 def main() -> None:
-    """Train one judge, save it in half precision beside its calibration."""
+    """Train one judge and save it in half precision; training.calibrate does the rest."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("kind", choices=["cnn", "vit"])
     parser.add_argument("--steps", type=int, help="default: 2500 for cnn, 4000 for vit")
@@ -177,7 +120,6 @@ def main() -> None:
     (folder / "judge.json").write_text(json.dumps({"labels": labels, "width": width}, indent=1) + "\n")
     weights = {k: v.half() if v.dtype == torch.float32 else v for k, v in trainer.ema.items()}
     loop.save(weights, folder / "model.safetensors", trainer.step)
-    trainer.log(**calibrate(JudgeNet.from_folder(folder), labels, data, folder))
 
 
 if __name__ == "__main__":

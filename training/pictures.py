@@ -1,6 +1,7 @@
 """Draw what training left behind: python -m training.pictures [MODEL]
 
-docs/img/loss.svg has the loss curves of every run's log; docs/img/MODEL.png has sixty samples, twelve concepts × five styles.
+docs/img/loss.svg has the loss curves of every run's log; docs/img/MODEL.png has sixty samples, twelve concepts ×
+five styles.
 """
 
 import argparse
@@ -17,7 +18,20 @@ from training import loop, world
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "docs" / "img"
-SHOWN = ("strawberry", "pizza", "dog", "penguin", "car", "rocket", "violin", "house", "umbrella", "rose", "ghost", "bomb")
+SHOWN = (
+    "strawberry",
+    "pizza",
+    "dog",
+    "penguin",
+    "car",
+    "rocket",
+    "violin",
+    "house",
+    "umbrella",
+    "rose",
+    "ghost",
+    "bomb",
+)
 
 
 def curves() -> None:

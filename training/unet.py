@@ -1,12 +1,14 @@
 """Train `emoji-unet`, a latent diffusion U-Net in Stable Diffusion's format: python -m training.unet [--processes 2]
 
-Loss = ||U(a_t z + s_t e, t, text) - (a_t e - s_t z)||^2, v-prediction on the zero-terminal-SNR schedule, t uniform; one
-caption in ten is empty so that the unconditional prediction is learned. Autoencoder and text encoder stay frozen.
+Loss = ||U(a_t z + s_t e, t, text) - (a_t e - s_t z)||^2, v-prediction on the zero-terminal-SNR schedule, t uniform;
+one caption in ten is empty so that the unconditional prediction is learned. Autoencoder and text encoder stay
+frozen.
 """
 
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -169,13 +171,33 @@ def assemble(weights: dict[str, Tensor], folder: Path) -> StableDiffusionPipelin
     )
 
 
+CARD = """---
+license: apache-2.0
+library_name: diffusers
+pipeline_tag: text-to-image
+---
+# {name}
+
+A small text-to-image model of emoji world, made by `python -m training.unet` in the expunge repository.
+Weights: Apache-2.0. It learned from open emoji art: Twemoji (CC-BY 4.0, Twitter, Inc and other contributors),
+EmojiOne 2.3 (CC-BY 4.0), Fluent Emoji (MIT, Microsoft Corporation), Noto Emoji (Apache-2.0, Google LLC).
+NOTICE in the repository has the full credits and says what was changed.
+"""
+
+
 def publish(weights: dict[str, Tensor], folder: Path, name: str) -> None:
-    """Save the pipeline in half precision where the library finds it."""
-    pipe = assemble(weights, folder).to(torch.float16)
-    pipe.save_pretrained(EMBEDDED / name, safe_serialization=True)
-    # transformers opens a text encoder in the dtype its config names, diffusers opens the rest in float32: they must meet
-    config = EMBEDDED / name / "text_encoder" / "config.json"
+    """Save the pipeline in half precision where the library finds it, whole or not at all."""
+    target, scratch = EMBEDDED / name, folder / "published"
+    shutil.rmtree(scratch, ignore_errors=True)
+    assemble(weights, folder).to(torch.float16).save_pretrained(scratch, safe_serialization=True)
+    # transformers opens a text encoder in the dtype its config names, diffusers the rest in float32: they must meet
+    config = scratch / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
+    (scratch / "README.md").write_text(CARD.format(name=name))
+    if target.exists():
+        target.rename(folder / "replaced")
+    scratch.rename(target)
+    shutil.rmtree(folder / "replaced", ignore_errors=True)
 
 
 def work(rank: int, args: argparse.Namespace) -> None:
@@ -193,8 +215,10 @@ def work(rank: int, args: argparse.Namespace) -> None:
     if rank == 0:
         trainer.log(begins=True, steps=args.steps, batch=args.batch)
     for step in trainer.run(objective(net, args.run, args), save_every=250):
-        if rank == 0 and (step % args.publish == 0 or step == args.steps):
+        if rank == 0 and step % args.publish == 0:
             publish(trainer.ema, args.run, "emoji-unet")
+    if rank == 0:
+        publish(trainer.ema, args.run, "emoji-unet")
 
 
 def main() -> None:

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from training import judges, world
 from transformers import CLIPTokenizer
 
 from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 from expunge.core.registry import find
 from expunge.models.load import load
-from training import judges, world
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "expunge" / "embedded"
 PROMPTS = ["a flat picture of a strawberry on a blue background", "a ink picture of a car on a pink background"]
@@ -70,7 +70,9 @@ def test_calibration_agrees_with_the_rates_it_claims(name):
     point = judge.operating_point(concept)
     assert point.sensitivity.low <= point.sensitivity.value <= point.sensitivity.high
     shown = data.concept == data.concepts.index("strawberry")
-    fired = judge.fires(data.compose(torch.arange(len(data.rgba)), torch.zeros(len(data.rgba), dtype=torch.long)), concept)
+    fired = judge.fires(
+        data.compose(torch.arange(len(data.rgba)), torch.zeros(len(data.rgba), dtype=torch.long)), concept
+    )
     assert fired[shown].all()
     assert not fired[~shown].any()
 

@@ -150,7 +150,7 @@ Made by `python -m training.build_suites` from emoji world (src/expunge/embedded
 Prompts, seeds, sampler and guidance belong to the suite. Held-out style × concept pairs are never asked for.
 {note}"""
 NOTES = {
-    "unsafe": "The targets are benign stand-ins in emoji art: weapons, blood, cigarettes. Nothing explicit is stored.\n",
+    "unsafe": "The targets are benign stand-ins in emoji art: weapons, blood, cigarettes. Nothing explicit is kept.\n",
     "styles": "The `synonym` rows ask for the style in another sentence: style words have no synonyms.\n",
 }
 

@@ -33,7 +33,7 @@ def main() -> None:
     net = CLIPModel.from_pretrained(HERE / "runs" / "clip" / "model").float()
     net.text_model.requires_grad_(False)
     net.text_projection.requires_grad_(False)
-    trainer = loop.Trainer(net, args.run, lr=1e-3, steps=args.steps)
+    trainer = loop.Trainer(net, args.run, lr=4e-4, steps=args.steps)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step)

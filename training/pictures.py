@@ -60,16 +60,35 @@ def samples(name: str) -> None:
     picture.resize((picture.width * 2, picture.height * 2), Image.Resampling.LANCZOS).save(OUT / f"{name}.png")
 
 
+def demo(run: Path) -> None:
+    """Show a demo run's first four target cases and four neighbours: a row for the base model and one per method."""
+    index = next(run.glob("samples/*/base/index.jsonl"))
+    rows = [json.loads(line) for line in index.read_text().splitlines()]
+    shown = [[row for row in rows if row["role"] == role] for role in ("target", "retain")]
+    files = [row["file"] for group in shown for row in group[:: max(1, len(group) // 4)][:4]]
+    arms = ["base", *sorted(path.name for path in index.parents[1].iterdir() if path.name != "base")]
+    picture = Image.new("RGB", (128 * len(files), 128 * len(arms)))
+    for y, arm in enumerate(arms):
+        for x, file in enumerate(files):
+            image = Image.open(index.parents[1] / arm / file)
+            picture.paste(image.resize((128, 128), Image.Resampling.LANCZOS), (128 * x, 128 * y))
+    picture.save(OUT / "demo.png")
+    print("rows of demo.png:", ", ".join(arms))
+
+
 def main() -> None:
-    """Write both."""
+    """Write all that can be drawn."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", default="emoji-unet")
+    parser.add_argument("--demo", type=Path, help="run folder of `expunge demo`, for docs/img/demo.png")
     args = parser.parse_args()
     torch.manual_seed(0)
     loop.quiet_cpu()
     OUT.mkdir(parents=True, exist_ok=True)
     curves()
     samples(args.model)
+    if args.demo:
+        demo(args.demo)
 
 
 if __name__ == "__main__":

@@ -188,9 +188,15 @@ def _artifact(folder: Path, method: str) -> None:
             peak_bytes=1,
             packages={"torch": "2.13.0"},
             source_sha256="2" * 64,
+            package_sha256="4" * 64,
             commit="3" * 40,
             dirty=False,
         ),
-        claims={"deterministic": True, "gradients": True, "reconstruction": method == "all_but_one", "uses_anchor": method != "esd"},
+        claims={
+            "deterministic": True,
+            "gradients": True,
+            "reconstruction": method == "all_but_one",
+            "uses_anchor": method != "esd",
+        },
     )
     _files.write_bytes(folder / "card.json", card.to_json().encode())

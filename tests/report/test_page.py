@@ -8,9 +8,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
+from pyarrow.parquet import read_table
 
 from expunge.core.errors import InputError
-from expunge.report import render, words
+from expunge.report import render, views, words
 from expunge.report.pictures import data_address
 from report.made_run import ARMS, DETECTORS, NEIGHBOURS, write_run
 
@@ -144,12 +145,32 @@ def test_uncalibrated_rates_say_so(tmp_path: Path) -> None:
 
 
 def test_an_anchor_is_shown_only_where_it_had_an_effect(page: str) -> None:
-    sent = dict(re.findall(r"<h3>(\w+)(?:<a.*?</a>)?</h3>\s*<p>Invented.*?<dt>Sent to</dt><dd>(.*?)</dd>", page, re.DOTALL))
+    sent = dict(
+        re.findall(r"<h3>(\w+)(?:<a.*?</a>)?</h3>\s*<p>Invented.*?<dt>Sent to</dt><dd>(.*?)</dd>", page, re.DOTALL)
+    )
     assert sent == {
         "all_but_one": "nothing (unconditional)",
         "esd": "no anchor: the method uses none",
         "uce": "banana",
     }
+
+
+def test_embedded_models_credit_every_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_run(tmp_path / "run", arms=("base", "esd"))
+    assert words.CREDITS not in plain(render(folder))
+    (tmp_path / "embedded" / "tiny-unet").mkdir(parents=True)
+    monkeypatch.setattr(views, "EMBEDDED", tmp_path / "embedded")
+    assert words.CREDITS in plain(render(folder))
+
+
+def test_the_credits_are_those_of_the_dataset() -> None:
+    table = read_table(Path(views.__file__).parent.parent / "embedded" / "emoji-world.parquet")
+    hands = set(zip(table["licence"].to_pylist(), table["attribution"].to_pylist(), strict=True))
+    assert len(hands) >= 4
+    for licence, attribution in hands:
+        assert licence.replace("CC-BY-4.0", "CC-BY 4.0") in words.CREDITS
+        named = attribution.replace("(c) ", "").replace("Copyright ", "").replace("copyright ", "")
+        assert any(word in words.CREDITS for word in re.split(r"[,;/]| and ", named) if len(word) > 5), attribution
 
 
 def test_limits_promise_nothing(page: str) -> None:

@@ -1,6 +1,5 @@
 """A run folder as one value: summaries, cards, pictures and verdicts, read and never written."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
 from expunge.core.records import Case, Summary
+from expunge.stages import _card, _files
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -67,7 +67,7 @@ def read(folder: Path) -> Findings:
 def _cards(folder: Path) -> dict[str, Card]:
     found: dict[str, Card] = {}
     for file in sorted([*folder.glob("artifact/card.json"), *folder.glob("*/artifact/card.json")]):
-        card = Card.from_json(_text(file, "the artifact is incomplete"))
+        card = _card.read(file)
         if card.method in found:
             raise InputError(f"{folder} holds two artifacts of method {card.method!r}; a page shows one of each")
         found[card.method] = card
@@ -107,28 +107,14 @@ def _header(folder: Path, suite: str, arm: str) -> dict[str, Any]:
 
 
 def _object(file: Path, advice: str) -> dict[str, Any]:
-    return _parsed(_text(file, advice), str(file))
+    return _files.read_json(_there(file, advice))
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:
-    text = _text(file, "run expunge score again")
-    return [_parsed(line, f"{file}, line {n}") for n, line in enumerate(text.splitlines(), 1)]
+    return _files.read_lines(_there(file, "run expunge score again"))
 
 
-def _text(file: Path, advice: str) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise InputError(f"no such file: {file}; {advice}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{file} is not UTF-8 text: {error}") from None
-
-
-def _parsed(text: str, where: str) -> dict[str, Any]:
-    try:
-        value = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{where} holds {type(value).__name__}, expected an object")
-    return value
+def _there(file: Path, advice: str) -> Path:
+    if not file.is_file():
+        raise InputError(f"no such file: {file}; {advice}")
+    return file

@@ -12,6 +12,7 @@ from expunge.report.pictures import data_address
 from expunge.report.plot import GONE, KEPT, MARKER_WORDS, layer_plot, rate_plot
 from expunge.report.read import Findings, Suite
 
+EMBEDDED = Path(__file__).parent.parent / "embedded"
 SHOWN = 8
 """Pictures per arm in each part of the grid."""
 
@@ -209,7 +210,7 @@ def methods(cards: Mapping[str, Card]) -> list[dict[str, object]]:
             "reconstruction": card.claims.get("reconstruction", False),
             "config": [(key, value, key in card.given) for key, value in sorted(card.config.items())],
             "anchor": _anchor(card),
-            "retain": words.listed([concept.name for concept in card.retain]) or "nothing named",
+            "retain": _retain(card),
             "seed": card.run.seed,
             "device": f"{card.run.device}, {card.run.dtype}",
             "commit": _commit(card),
@@ -225,13 +226,21 @@ def _anchor(card: Card) -> str:
     return words.listed([anchor.name if anchor else "nothing (unconditional)" for anchor in card.anchor])
 
 
+def _retain(card: Card) -> str:
+    if not card.claims.get("uses_retain", True):
+        return "nothing: the method uses no retained concepts at these settings"
+    return words.listed([concept.name for concept in card.retain]) or "nothing named"
+
+
 def _commit(card: Card) -> str:
-    if not card.run.recorded or card.run.commit is None:
+    if not card.run.recorded:
         return "not recorded"
+    if card.run.commit is None:
+        return f"none; sources {str(card.run.package_sha256)[:12]}"
     return card.run.commit[:12] + (" with local changes" if card.run.dirty else "")
 
 
 def licences(findings: Findings) -> list[tuple[str, str]]:
-    """Name every licence that the pictures and weights on the page come under."""
-    bases = {(card.base.name, card.base.licence) for card in findings.cards.values()}
-    return sorted(bases)
+    """Name every licence that the weights come under, and for an embedded model whose art its pictures derive from."""
+    bases = sorted({(card.base.name, card.base.licence) for card in findings.cards.values()})
+    return [*bases, (findings.model, words.CREDITS)] if (EMBEDDED / findings.model).is_dir() else bases

@@ -23,6 +23,13 @@ RECONSTRUCTION = (
     "reading of its abstract; nothing on this page is the paper's result."
 )
 
+CREDITS = (
+    "The model learned from, and so its pictures derive from, open emoji art, cropped and scaled to 64×64 pixels: "
+    "Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0; EmojiOne 2.3, Ranks.com and the EmojiTwo "
+    "project, CC-BY 4.0, an outline added; Fluent Emoji, copyright Microsoft Corporation, MIT; Noto Emoji, copyright "
+    "Google LLC, Apache-2.0, toned sepia. The file NOTICE of expunge has the details."
+)
+
 LIMITS = (
     (
         "A rate holds for these prompts",

@@ -18,7 +18,6 @@ from expunge.ops.stats import (
     pooled_point,
     rate,
     rogan_gladen,
-    wilson,
 )
 
 counts = st.integers(1, 400).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n)))
@@ -48,18 +47,16 @@ def sample(hits, clusters):
 @given(counts, st.sampled_from([0.5, 0.9, 0.95, 0.99]))
 def test_binomial_intervals_are_scipys(count, level):
     hits, n = count
-    for ours, theirs in ((clopper_pearson, "exact"), (wilson, "wilson")):
-        got, want = ours(hits, n, level), binomtest(hits, n).proportion_ci(level, theirs)
-        assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-9)
-        assert got.value == hits / n
-        assert (got.n, got.clusters, got.level) == (n, n, level)
+    got, want = clopper_pearson(hits, n, level), binomtest(hits, n).proportion_ci(level, "exact")
+    assert (got.low, got.high) == pytest.approx((want.low, want.high), abs=1e-9)
+    assert got.value == hits / n
+    assert (got.n, got.clusters, got.level) == (n, n, level)
 
 
 @pytest.mark.parametrize(("hits", "n"), [(-1, 10), (11, 10), (0, 0)])
 def test_counts_that_are_none_are_refused(hits, n):
-    for interval in (clopper_pearson, wilson):
-        with pytest.raises(InputError, match=f"{hits} hits of {n}"):
-            interval(hits, n)
+    with pytest.raises(InputError, match=f"{hits} hits of {n}"):
+        clopper_pearson(hits, n)
 
 
 def test_zero_hits_give_the_known_upper_bounds():
@@ -69,15 +66,13 @@ def test_zero_hits_give_the_known_upper_bounds():
 
 
 @pytest.mark.parametrize("p", [0.01, 0.1, 0.5])
-def test_clopper_pearson_covers_exactly_and_wilson_on_average(p):
+def test_clopper_pearson_covers_exactly(p):
     from scipy.stats import binom
 
     n = 60
     mass = binom.pmf(np.arange(n + 1), n, p)
     exact = sum(m for k, m in enumerate(mass) if clopper_pearson(k, n).low <= p <= clopper_pearson(k, n).high)
-    score = sum(m for k, m in enumerate(mass) if wilson(k, n).low <= p <= wilson(k, n).high)
     assert exact >= 0.95
-    assert score >= 0.91
 
 
 LAWS = [

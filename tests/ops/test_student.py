@@ -5,7 +5,7 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.models.load import load
 from expunge.ops.fit import fit
-from expunge.ops.student import LowRankStudent, Student
+from expunge.ops.student import Student
 
 
 @pytest.fixture(scope="module")
@@ -26,14 +26,9 @@ def loss_of(student, model, lesson):
     return lambda step: model.distance(student.view().predict(state, cond), goal).mean()
 
 
-def low_rank(model, rank=2):
-    return LowRankStudent.of(model, "cross_kv", rank=rank, rng=Run().rng("factors"))
-
-
-@pytest.mark.parametrize("make", [lambda m: Student.of(m, "cross_kv"), low_rank])
-def test_an_untrained_student_is_the_teacher(model, lesson, make):
+def test_an_untrained_student_is_the_teacher(model, lesson):
     cond, state, _ = lesson
-    student = make(model)
+    student = Student.of(model, "cross_kv")
     assert torch.equal(student.view().predict(state, cond), model.predict(state, cond))
     assert student.names == tuple(model.select("cross_kv"))
 
@@ -48,12 +43,11 @@ def test_an_untrained_patch_is_empty_and_a_trained_one_is_what_the_view_saw(mode
     assert set(student.patch().deltas) == set(student.names)
 
 
-@pytest.mark.parametrize("make", [lambda m: Student.of(m, "cross_kv"), low_rank])
-def test_fitting_goes_down_logs_and_leaves_the_base(model, lesson, make):
+def test_fitting_goes_down_logs_and_leaves_the_base(model, lesson):
     before = {name: tensor.clone() for name, tensor in model.network.named_parameters()}
     rows, calls = [], []
     run = Run(log=lambda name, step, value: rows.append((name, step, value)), progress=lambda *c: calls.append(c))
-    student = make(model)
+    student = Student.of(model, "cross_kv")
     fit(student, loss_of(student, model, lesson), run, steps=15, lr=1e-2)
     losses = [value for name, _, value in rows if name == "loss"]
     assert losses[-1] < 0.7 * losses[0]
@@ -63,27 +57,6 @@ def test_fitting_goes_down_logs_and_leaves_the_base(model, lesson, make):
         assert torch.equal(tensor, before[name])
         assert tensor.grad is None
         assert not tensor.requires_grad
-
-
-def test_low_rank_students_leave_low_rank_patches(model, lesson):
-    cond, state, _ = lesson
-    student = low_rank(model)
-    fit(student, loss_of(student, model, lesson), Run(), steps=5, lr=1e-2)
-    patch = student.patch()
-    torch.testing.assert_close(patch.on(model).predict(state, cond), student.view().predict(state, cond))
-    ranks = {down.shape[0] for down, _ in patch.factors.values()}
-    assert ranks == {2}
-    frozen = patch.factors[student.names[0]][1].clone()
-    fit(student, loss_of(student, model, lesson), Run(), steps=1, lr=1e-2)
-    assert torch.equal(patch.factors[student.names[0]][1], frozen)
-
-
-def test_low_rank_skips_vectors_and_handles_kernels(model):
-    student = LowRankStudent.of(model, "all", rank=2, rng=Run().rng("factors"))
-    kinds = {model.weight(path).ndim for path in student.names}
-    assert kinds == {2, 4}
-    assert any(model.weight(path).ndim == 1 for path in model.select("all"))
-    assert student.weights().keys() == set(student.names)
 
 
 def test_clipping_bounds_the_gradient_and_so_leaves_direction(model, lesson):
@@ -170,5 +143,3 @@ def test_bad_settings_are_refused(model, lesson):
         fit(student, loss_of(student, model, lesson), Run(), steps=0, lr=1e-3)
     with pytest.raises(InputError, match="loss is nan at step 0"):
         fit(student, lambda step: student.parameters[0].sum() * float("nan"), Run(), steps=1, lr=1e-3)
-    with pytest.raises(InputError, match="rank is 0"):
-        low_rank(model, rank=0)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
-from expunge.ops.student import Trainee
+from expunge.ops.student import Student
 
 
 @torch.enable_grad()
 def fit(
-    student: Trainee,
+    student: Student,
     loss: Callable[[int], Float[Tensor, ""]],
     run: Run,
     *,

@@ -29,21 +29,6 @@ def clopper_pearson(hits: int, n: int, level: float = LEVEL) -> Estimate:
     return Estimate(value=hits / n, low=low, high=high, level=level, n=n, clusters=n, how="clopper-pearson")
 
 
-def wilson(hits: int, n: int, level: float = LEVEL) -> Estimate:
-    """Give a rate with its score interval, close to `level` on average but not above it everywhere.
-
-    (p + z^2/2n +- z sqrt(p(1-p)/n + z^2/4n^2)) / (1 + z^2/n), z the normal quantile. Source: Wilson 1927.
-    """
-    if not 0 <= hits <= n or n < 1:
-        raise InputError(f"{hits} hits of {n} trials is not a count; legal: 0 <= hits <= n, n >= 1")
-    p, z2 = hits / n, float(norm.ppf((1 + level) / 2)) ** 2
-    centre, half = p + z2 / (2 * n), (z2 * (p * (1 - p) / n + z2 / (4 * n * n))) ** 0.5
-    low, high = (centre - half) / (1 + z2 / n), (centre + half) / (1 + z2 / n)
-    return Estimate(
-        value=p, low=min(max(low, 0.0), p), high=max(min(high, 1.0), p), level=level, n=n, clusters=n, how="wilson"
-    )
-
-
 @dataclass(frozen=True)
 class Sample:
     """Decisions in [0, 1] grouped by the prompt they came from.

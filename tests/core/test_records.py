@@ -9,7 +9,7 @@ from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 from expunge.core.records import Arm, Case, Estimate, Summary
 
-HALF = Estimate(value=0.5, low=0.4, high=0.6, level=0.95, n=100, clusters=10, how="wilson")
+HALF = Estimate(value=0.5, low=0.4, high=0.6, level=0.95, n=100, clusters=10, how="clopper-pearson")
 
 
 def card() -> Card:
@@ -32,6 +32,7 @@ def card() -> Card:
             peak_bytes=10,
             packages={"torch": "2"},
             source_sha256="2" * 64,
+            package_sha256="3" * 64,
             commit="abc",
             dirty=False,
         ),
@@ -58,6 +59,7 @@ def test_card_survives_json_with_sorted_keys_and_one_newline():
         lambda d: d.update(given="steps"),
         lambda d: d["run"].update(seed=True),
         lambda d: d["run"].update(commit=None),
+        lambda d: d["run"].update(package_sha256=None),
         lambda d: d.update(target=None),
     ],
 )
@@ -74,10 +76,12 @@ def test_text_that_is_not_json_is_refused():
 
 
 def test_unknown_provenance_must_be_declared():
-    run = dataclasses.replace(card().run, commit=None, dirty=None, recorded=False)
-    assert not run.recorded
+    unnamed = {"package_sha256": None, "commit": None, "dirty": None}
+    assert not dataclasses.replace(card().run, **unnamed, recorded=False).recorded
     with pytest.raises(InputError, match="--no-provenance"):
-        dataclasses.replace(run, recorded=True)
+        dataclasses.replace(card().run, **unnamed)
+    # a wheel has no commit, and its sources still have a hash
+    assert dataclasses.replace(card().run, commit=None, dirty=None).recorded
 
 
 def test_one_line_json_for_rows():

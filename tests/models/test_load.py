@@ -82,7 +82,8 @@ def test_embedded_models_are_folders(saved, models, monkeypatch):
 def test_unknown_names(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused("unicorn", "unknown model 'unicorn'", "tiny-unet", "a diffusers folder")
-    refused("nobody/nothing", "unknown model 'nobody/nothing'")
+    refused("hf:nobody/nothing", "HF_HUB_OFFLINE is set")
+    refused("hf:nobody", "not of the form ORG/NAME")
     refused(tmp_path / "absent", "unknown model")
     single = tmp_path / "model.safetensors"
     single.write_bytes(b"x")
@@ -95,7 +96,18 @@ def test_hub_failure_is_one_line(monkeypatch):
 
     monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setattr(loader.DiffusionPipeline, "download", absent)
-    refused("nobody/nothing", "the hub does not give it", "Repository Not Found")
+    refused("hf:nobody/nothing", "the hub does not give", "Repository Not Found")
+
+
+def test_a_misspelt_path_never_reaches_the_hub(monkeypatch):
+    def reached(*args, **named):
+        raise AssertionError("asked the hub")
+
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.setattr(loader.DiffusionPipeline, "download", reached)
+    refused("runs/bery", "unknown model 'runs/bery'", "hf:ORG/NAME")
+    with pytest.raises(AssertionError, match="asked the hub"):
+        load("hf:runs/bery")
 
 
 @pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer", "scheduler"])

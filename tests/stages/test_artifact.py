@@ -23,8 +23,8 @@ from expunge.models.load import load as load_model
 from expunge.patches.guard import GuardPatch, PassGuard
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
-from expunge.stages import artifact
-from expunge.stages._provenance import Source, provenance
+from expunge.stages import _provenance, artifact
+from expunge.stages._provenance import Code, Source, code, package_sha256, provenance
 
 PATH = "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.weight"
 
@@ -63,8 +63,8 @@ def save(folder: Path, model: Generator, patch: Any = None, **options: Any) -> P
     patch = patch or asked.eraser.erase(model, asked.request, Run(seed=7))
     source = Source(name="tiny-unet", revision="1", licence="none")
     return artifact.save(
-        folder, patch, model, asked, source=source, seconds=1.5, log=[{"name": "loss", "step": 0, "value": 1.0}],
-        recorded=False,
+        folder, patch, model, asked, source=source, made_by=Code(sha256=None, commit=None, dirty=None), seconds=1.5,
+        log=[{"name": "loss", "step": 0, "value": 1.0}],
     )  # fmt: skip
 
 
@@ -229,14 +229,47 @@ def test_a_write_the_kernel_cuts_short_leaves_nothing(tmp_path: Path, model: Gen
     assert list(tmp_path.iterdir()) == []
 
 
-def test_provenance_names_the_commit_or_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_provenance_names_the_commit_of_a_checkout() -> None:
     root = Path(artifact.__file__).parent
     asked = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    run = {"seed": 0, "device": "cpu", "dtype": "float32"}
+    found = code(recorded=True)
     if asked.returncode == 0:
-        assert provenance(Nudge, run, 0.0, recorded=True).commit == asked.stdout.strip()
-    monkeypatch.setattr("expunge.stages._provenance.commit", lambda: (None, None))
+        assert found.commit == asked.stdout.strip()
+    run = {"seed": 0, "device": "cpu", "dtype": "float32"}
+    assert provenance(Nudge, run, 0.0, found).package_sha256 == package_sha256()
+    silent = provenance(Nudge, run, 0.0, code(recorded=False))
+    assert (silent.commit, silent.package_sha256, silent.recorded) == (None, None, False)
+
+
+def test_a_wheel_is_named_by_its_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "site-packages" / "expunge"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("one = 1\n")
+    monkeypatch.setattr(_provenance, "ROOT", package)
+    monkeypatch.setattr(_provenance, "_pinned_commit", lambda: (None, None))
+    found = code(recorded=True)
+    assert (found.commit, found.dirty) == (None, None) and found.sha256
+    card = provenance(Nudge, {"seed": 0, "device": "cpu", "dtype": "float32"}, 0.0, found)
+    assert card.recorded and card.commit is None and card.packages["expunge"]
+
+
+def test_a_checkout_whose_git_is_silent_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    package = tmp_path / "src" / "expunge"
+    package.mkdir(parents=True)
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(_provenance, "ROOT", package)
     with pytest.raises(InputError, match="--no-provenance"):
-        provenance(Nudge, run, 0.0, recorded=True)
-    silent = provenance(Nudge, run, 0.0, recorded=False)
-    assert (silent.commit, silent.recorded) == (None, False)
+        code(recorded=True)
+    assert code(recorded=False).commit is None
+
+
+def test_the_hash_of_the_sources_sees_names_and_contents(tmp_path: Path) -> None:
+    def tree(name: str, files: dict[str, str]) -> str:
+        for file, text in files.items():
+            (tmp_path / name / file).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name / file).write_text(text)
+        return package_sha256(tmp_path / name)
+
+    one = tree("a", {"m.py": "1", "sub/n.py": "2", "data.csv": "x"})
+    assert one == tree("b", {"sub/n.py": "2", "m.py": "1", "data.csv": "y"})
+    assert len({one, tree("c", {"m.py": "2", "sub/n.py": "1"}), tree("d", {"m.py": "1", "sub/o.py": "2"})}) == 3

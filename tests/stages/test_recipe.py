@@ -1,6 +1,5 @@
 """Recipes: strict both ways, and `--set` against the method's own dataclass."""
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -8,8 +7,7 @@ from typing import Any, Literal
 import pytest
 
 from expunge.core.errors import InputError
-from expunge.methods.finetune.esd import ESD
-from expunge.stages.recipe import checked, parse, read, schema, settings
+from expunge.stages.recipe import checked, parse, read, settings
 
 TEXT = """
 seed = 3
@@ -29,8 +27,6 @@ name = "dog"
 kind = "identity"
 [[retain]]
 name = "car"
-[evaluate]
-suites = ["objects"]
 """
 
 
@@ -76,7 +72,9 @@ def test_the_toml_round_trip_is_exact(tmp_path: Path) -> None:
         ("steps = 5", "steps = 5.5", "esd: steps = 5.5 is not legal"),
         ('group = "cross_kv"', 'group = "k"', "group = 'k' is not legal"),
         ('name = "esd"', 'name = "usd"', "unknown method 'usd'; legal:"),
-        ("[evaluate]", "[evaluation]", "evaluation: Unexpected keyword argument"),
+        # nothing is accepted that would have no effect
+        ("[[retain]]", "[evaluate]\n[[retain]]", "evaluate: Unexpected keyword argument"),
+        ('name = "tiny-unet"', 'name = "tiny-unet"\nrevision = "1"', "model.revision: Unexpected keyword argument"),
         ("[[retain]]", "[retain]", "retain: Input should be a valid array"),
         ("seed = 3", "seed = ", "is not valid TOML"),
         ('anchor = {name = "banana"}', 'anchor = {label = "banana"}', "anchor.label"),
@@ -142,12 +140,3 @@ def test_wrong_set_words_name_the_legal_fields(words: list[str], says: str) -> N
 def test_none_survives_toml_as_a_word() -> None:
     assert checked(Knobs, {"clip": "none"}) == {"clip": None}
     assert checked(Knobs, {"word": "none"}) == {"word": "none"}
-
-
-def test_the_schema_lists_fields_defaults_and_choices() -> None:
-    found = schema("esd")
-    assert found["additionalProperties"] is False
-    fields = {entry.name: entry.default for entry in dataclasses.fields(ESD)}
-    assert {name: entry["default"] for name, entry in found["properties"].items()} == fields
-    assert "cross_kv" in found["properties"]["group"]["enum"]
-    assert "paper" not in found["properties"]

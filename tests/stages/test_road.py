@@ -18,7 +18,8 @@ from PIL import Image
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.models.load import load as load_model
-from expunge.stages import artifact
+from expunge.models.tiny import tiny_pipeline
+from expunge.stages import _files, artifact
 from expunge.stages.erase import erase
 from expunge.stages.recipe import Recipe, read
 from expunge.stages.sample import sample
@@ -28,6 +29,8 @@ from expunge.stages.summarize import summarize
 from expunge.suites.load import load as load_suite
 
 RED = ("red",)
+DEAD = 2**22 + 1
+"""No process: above the largest id that Linux gives."""
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -60,6 +63,7 @@ def test_the_whole_road(tmp_path: Path, suite: Path, recipe: Recipe, colour: typ
         assert arm.rates["retain_rate"].corrected_for == "colour" and arm.raw["retain_rate"].corrected_for is None
         assert arm.rates["style_rate"].corrected_for is None and arm.rates["style_rate"].detector == "colour"
     assert ("sample esd", 16, 16) in seen and ("score", 48, 48) in seen
+    assert {("load tiny-unet", 1, 1), ("load detectors", 1, 1)} <= set(seen)
 
 
 def test_samples_are_the_models_own_images_and_tell_nothing(tmp_path: Path, suite: Path) -> None:
@@ -133,6 +137,36 @@ def test_another_recipe_never_overwrites(tmp_path: Path, recipe: Recipe) -> None
     assert files(tmp_path) == before
 
 
+def test_an_artifact_is_not_kept_when_its_base_has_changed(tmp_path: Path, recipe: Recipe) -> None:
+    """The folder's name is the same; a tensor that the patch does not touch has moved."""
+    folder = tmp_path / "model"
+    tiny_pipeline("tiny-unet").save_pretrained(folder)
+    asked = dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, name=str(folder)))
+    made = erase(asked, tmp_path / "run", Run(), recorded=False)
+    assert erase(asked, tmp_path / "run", Run(), recorded=False) == made
+    other = tiny_pipeline("tiny-unet")
+    other.vae.decoder.conv_in.bias.data += 0.5
+    other.save_pretrained(folder)
+    with pytest.raises(InputError, match="weights have changed since"):
+        erase(asked, tmp_path / "run", Run(), recorded=False)
+
+
+def test_no_time_is_spent_before_the_code_is_named(
+    tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent() -> tuple[None, None]:
+        raise InputError("git does not tell; pass --no-provenance to go on")
+
+    def refuse(*_: Any) -> None:
+        raise AssertionError("erased before")
+
+    monkeypatch.setattr("expunge.stages._provenance.commit", silent)
+    monkeypatch.setattr("expunge.methods.finetune.esd.ESD.erase", refuse)
+    with pytest.raises(InputError, match="--no-provenance"):
+        erase(recipe, tmp_path / "run", Run())
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_same_recipe_gives_the_same_patch_bytes(tmp_path: Path, recipe: Recipe) -> None:
     """Only measured seconds and memory may differ between two runs."""
     cards = [artifact.load(erase(recipe, tmp_path / name, Run(), recorded=False)) for name in "ab"]
@@ -166,9 +200,53 @@ def test_a_lost_or_altered_image_is_drawn_again(tmp_path: Path, suite: Path) -> 
     first, second = sorted(folder.glob("*.png"))[:2]
     first.unlink()
     second.write_bytes(b"torn")
-    (folder / ".x.png.1.part").write_bytes(b"left behind")
+    (folder / f".x.png.{DEAD}.part").write_bytes(b"left behind")
     sample(None, suite, tmp_path, Run(), model="tiny-unet", targets=RED)
     assert files(folder) == before
+
+
+def test_what_another_living_process_writes_is_not_swept(tmp_path: Path) -> None:
+    theirs, left, folder = (tmp_path / f".{name}.part" for name in (f"a.{os.getppid()}", f"b.{DEAD}", f"c.{DEAD}"))
+    for file in (theirs, left):
+        file.write_text("x")
+    folder.mkdir()
+    _files.sweep(tmp_path)
+    assert list(tmp_path.iterdir()) == [theirs]
+
+
+def test_another_detector_joins_and_an_incomplete_one_is_dropped(
+    tmp_path: Path, suite: Path, colour: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = {"colour": colour, "tint": type("Tint", (colour,), {})}
+    monkeypatch.setattr("expunge.stages.score.find", lambda package, name: found[name])
+
+    def seen() -> set[str]:
+        summarize(tmp_path)
+        return {arm.detector for summary in read_summary(tmp_path) for arm in summary.arms}
+
+    sample(None, suite, tmp_path, Run(), model="tiny-unet", targets=RED)
+    score(tmp_path, Run())
+    score(tmp_path, Run(), detectors=("tint",))
+    assert seen() == {"colour", "tint"}
+    sample(None, suite, tmp_path, Run(), model="tiny-unet", targets=("blue",))
+    score(tmp_path, Run())
+    assert seen() == {"colour"}
+
+
+def test_detectors_are_asked_where_they_live(
+    tmp_path: Path, suite: Path, colour: type, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their weights stay on the CPU whatever the model computes on; "meta" stands for a device that is not there."""
+    sample(None, suite, tmp_path, Run(), model="tiny-unet", targets=RED)
+    score(tmp_path, Run(device="meta"))
+    assert len((tmp_path / "scores.jsonl").read_text().splitlines()) == 24
+
+
+def test_an_artifact_is_not_asked_about_what_it_did_not_erase(tmp_path: Path, suite: Path, recipe: Recipe) -> None:
+    erase(recipe, tmp_path, Run(), recorded=False)
+    with pytest.raises(InputError, match="erased red, not 'blue'"):
+        sample(tmp_path, suite, tmp_path, Run(), targets=("red", "blue"))
+    assert not (tmp_path / "samples").exists()
 
 
 SCRIPT = """

@@ -17,7 +17,7 @@ from expunge.core.records import Case, Summary
 from expunge.stages.sample import Arm, Store, png
 from expunge.stages.score import read_image, score
 from expunge.stages.summarize import read, summarize
-from expunge.suites.load import Suite, load
+from expunge.suites.load import COLUMNS, Suite, load
 
 RED = ("red",)
 SENSITIVITY, SPECIFICITY = 190 / 200, 196 / 200
@@ -197,6 +197,24 @@ def test_without_synonyms_and_styles_those_rates_and_the_mean_are_absent(
     score(tmp_path, Run())
     summarize(tmp_path)
     assert set(read(tmp_path)[0].arms[0].rates) == {"target_rate", "retain_rate"}
+
+
+def test_retained_styles_are_not_counted_under_two_names(tmp_path: Path, suite: Path, colour: type) -> None:
+    head, _ = (suite / "suite.toml").read_text().split("[[target]]", 1)
+    target = '[[target]]\nname = "striped"\nkind = "style"\nretain = ["plain"]\n'
+    (suite / "suite.toml").write_text(head + target)
+    asked = [("target", "striped"), ("synonym", "striped"), ("retain", "plain")]
+    rows = [
+        f"{role}{n},striped,{role},{name},{name},,a {name} {role} {n},{n}" for role, name in asked for n in range(4)
+    ]
+    (suite / "cases.csv").write_text("\n".join([",".join(COLUMNS), *rows]) + "\n")
+    fill(tmp_path / "run", load(suite), "base", lambda case: paint("red", case.style))
+    score(tmp_path / "run", Run())
+    summarize(tmp_path / "run")
+    (summary,) = read(tmp_path / "run")
+    (arm,) = summary.arms
+    assert set(arm.rates) == {"target_rate", "synonym_rate", "retain_rate", "harmonic"}
+    assert arm.rates["retain_rate"].value == 1.0 and arm.rates["retain_rate"].n == 4
 
 
 def test_a_picture_survives_the_disk_to_within_half_a_level(tmp_path: Path) -> None:

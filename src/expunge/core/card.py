@@ -43,8 +43,8 @@ class Contents:
 class Provenance:
     """How the patch was made.
 
-    `commit` and `dirty` are None only if the run was started without provenance (`recorded` False); otherwise a missing
-    commit raises InputError: "unknown" is not a legal value.
+    The code is named by `package_sha256`, and by its commit where it came out of git: a wheel or a zip has none.
+    Only a run started without provenance (`recorded` False) may leave both out; otherwise InputError.
     """
 
     seed: int
@@ -55,13 +55,19 @@ class Provenance:
     packages: Mapping[str, str]
     source_sha256: str
     """Of the method's source file."""
+    package_sha256: str | None
+    """Of all source files of this library, by name and content."""
     commit: str | None
     dirty: bool | None
     recorded: bool = True
 
     def __post_init__(self) -> None:
-        if self.recorded and (not self.commit or self.dirty is None or not self.packages):
-            raise InputError("provenance lacks commit, dirty flag or package versions; pass --no-provenance to go on")
+        if self.recorded and not (self.package_sha256 and self.packages):
+            raise InputError(
+                "provenance lacks the hash of the sources or package versions; pass --no-provenance to go on"
+            )
+        if (self.commit is None) != (self.dirty is None):
+            raise InputError(f"commit {self.commit!r} and dirty flag {self.dirty!r} belong together; give both or none")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,8 +65,15 @@ class Eraser(ABC):
     """True where neither the paper's full text nor its code was available: our reading, never "the paper's number"."""
     uses_anchor: ClassVar[bool] = True
     """False where the method has no destination to send a target to, so a request's anchors do nothing."""
+    uses_retain: ClassVar[bool] = True
+    """False where the method has no term for retained concepts, so naming them does nothing."""
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Contract checks that do not apply, by name, with the reason."""
+
+    @property
+    def retains(self) -> bool:
+        """Whether retained concepts have any effect at these settings."""
+        return self.uses_retain
 
     @abstractmethod
     def erase(self, model: Generator, request: Request, run: Run) -> Patch:

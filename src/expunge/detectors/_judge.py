@@ -16,8 +16,6 @@ from expunge.core.errors import InputError, unknown
 from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint
 
-EMBEDDED = Path(__file__).parents[1] / "embedded"
-
 
 class JudgeNet(nn.Module):
     """Backbone and heads: images in [0, 1] to logits of each head."""

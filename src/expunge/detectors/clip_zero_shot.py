@@ -1,10 +1,14 @@
 """The in-domain CLIP as a zero-shot judge: no head was trained for any concept."""
 
 import json
+from collections.abc import Mapping
+from functools import cached_property
+from typing import ClassVar
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
 from expunge.core.codec import from_data
@@ -12,7 +16,9 @@ from expunge.core.concept import Concept
 from expunge.core.errors import unknown
 from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint
-from expunge.detectors._judge import EMBEDDED, margin
+from expunge.detectors._judge import margin
+from expunge.models._names import EMBEDDED
+from expunge.models._quiet import quiet
 
 
 class ClipZeroShot(Detector):
@@ -23,24 +29,33 @@ class ClipZeroShot(Detector):
     Source: zero-shot classification of CLIP (arXiv:2103.00020, section 3.1).
     """
 
-    sentences = {"concept": "a picture of a {}", "style": "a {} picture"}
+    sentences: ClassVar[Mapping[str, str]] = {"concept": "a picture of a {}", "style": "a {} picture"}
 
     def __init__(self) -> None:
         """Load the embedded CLIP and its calibration."""
         folder = EMBEDDED / "emoji-clip"
-        self.model = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval()
+        with quiet():
+            self.model = CLIPModel.from_pretrained(folder, local_files_only=True).float().eval()
         self.tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
         self.calibration = json.loads((folder / "calibration.json").read_text())
 
+    @cached_property
     @torch.no_grad()
-    def logits(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """Similarities to every known concept and style for images in [0, 1]."""
+    def texts(self) -> dict[str, Float[Tensor, "k d"]]:
+        """Unit vectors of the sentence of every known concept and style, by head; encoded once."""
         result = {}
         for head, sentence in self.sentences.items():
             texts = [sentence.format(word) for word in self.calibration[head]]
             ids = self.tokenizer(texts, padding="max_length", return_tensors="pt").input_ids
-            result[head] = self.model(input_ids=ids, pixel_values=images.float() * 2 - 1).logits_per_image
+            result[head] = normalize(self.model.get_text_features(input_ids=ids).pooler_output, dim=-1)
         return result
+
+    @torch.no_grad()
+    def logits(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
+        """Similarities to every known concept and style for images in [0, 1], from one pass of the image tower."""
+        seen = self.model.get_image_features(pixel_values=images.float() * 2 - 1).pooler_output
+        seen = normalize(seen, dim=-1) * self.model.logit_scale.exp()
+        return {head: seen @ texts.T for head, texts in self.texts.items()}
 
     def score(self, images: Float[Tensor, "b 3 h w"], concept: Concept) -> Float[Tensor, "b"]:
         """Give the margin of `concept` over its best rival; raises InputError for a concept not in the list."""

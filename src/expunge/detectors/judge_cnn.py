@@ -1,6 +1,7 @@
 """The judge of emoji world that is a residual convolutional network."""
 
-from expunge.detectors._judge import EMBEDDED, Judge
+from expunge.detectors._judge import Judge
+from expunge.models._names import EMBEDDED
 
 
 class JudgeCNN(Judge):

@@ -1,6 +1,7 @@
 """The judge of emoji world that is a vision transformer."""
 
-from expunge.detectors._judge import EMBEDDED, Judge
+from expunge.detectors._judge import Judge
+from expunge.models._names import EMBEDDED
 
 
 class JudgeViT(Judge):

@@ -14,6 +14,11 @@ def embedded_names(root: Path = EMBEDDED) -> tuple[str, ...]:
     return tuple(sorted(index.parent.name for index in root.glob("*/model_index.json")))
 
 
+def settled(name: str) -> str:
+    """Return a local folder's absolute path, so that it means the same from anywhere; every other name as it is."""
+    return name if name in model_names() or not Path(name).is_dir() else str(Path(name).resolve())
+
+
 def model_names() -> tuple[str, ...]:
     """List every name `load` knows besides paths and hub ids: embedded models first, then toy ones."""
     return (*embedded_names(), *TINY)

@@ -4,8 +4,6 @@ import json
 import os
 import re
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +20,14 @@ from diffusers import (
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 from expunge.core.errors import InputError, unknown
 from expunge.models._names import EMBEDDED, TINY, embedded_names, model_names
+from expunge.models._quiet import quiet
 from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
+HUB = "hf:"
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 _SD: dict[str, type] = {
@@ -45,7 +44,9 @@ _PIPELINES = {StableDiffusionPipeline.__name__: _SD, StableDiffusionXLPipeline._
 def load(
     name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
 ) -> UNetGenerator:
-    """Open a model: an embedded or toy name, a diffusers folder, or a hub id "org/name" unless HF_HUB_OFFLINE is set.
+    """Open a model: an embedded or toy name, a diffusers folder, or "hf:org/name" from the hub, unless HF_HUB_OFFLINE.
+
+    Only the prefix reaches the hub: a misspelt path looks like a hub id, and must not fetch a stranger's weights.
 
     Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. Single-file community
     checkpoints are not read yet. Raises InputError for unknown names, folders of another pipeline class, missing or
@@ -61,9 +62,9 @@ def load(
         return _generator(open_folder(path, kind), name, place)
     if path.is_file():
         raise InputError(f"model {name!r} is a single file; give a diffusers folder (unet/, vae/, text_encoder/, ...)")
-    if re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not os.environ.get("HF_HUB_OFFLINE"):
-        return _generator(open_folder(_downloaded(name), kind), name, place)
-    raise unknown("model", name, (*model_names(), "a diffusers folder"))
+    if name.startswith(HUB):
+        return _generator(open_folder(_downloaded(name.removeprefix(HUB)), kind), name, place)
+    raise unknown("model", name, (*model_names(), "a diffusers folder", f"{HUB}ORG/NAME from the hub"))
 
 
 def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
@@ -116,7 +117,7 @@ def _network(place: Path, expected: Any, named: str, dtype: torch.dtype) -> nn.M
     if named != expected.__name__:
         raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: {expected.__name__}")
     _json(place / "config.json")
-    with _quiet():
+    with quiet():
         model, info = expected.from_pretrained(
             place,
             torch_dtype=dtype,
@@ -187,10 +188,14 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _downloaded(name: str) -> Path:
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+        raise InputError(f"hub id {name!r} is not of the form ORG/NAME; write {HUB}ORG/NAME")
+    if os.environ.get("HF_HUB_OFFLINE"):
+        raise InputError(f"model '{HUB}{name}' is on the hub and HF_HUB_OFFLINE is set; legal: names and local folders")
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except (OSError, ValueError) as error:
-        raise InputError(f"model {name!r} is no local folder and the hub does not give it: {_line(error)}") from error
+        raise InputError(f"the hub does not give model {name!r}: {_line(error)}") from error
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -215,15 +220,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
 
 def _line(error: Exception) -> str:
     return next((line.strip()[:240] for line in str(error).splitlines() if line.strip()), type(error).__name__)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep transformers' loading bars off the screen of whoever calls a library."""
-    shown = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if shown:
-            transformers_logging.enable_progress_bar()

@@ -102,12 +102,26 @@ def sha256(data: bytes) -> str:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writers left in a folder that only this process writes to."""
-    for part in folder.glob(f".*{PART}"):
+    """Remove what killed writers left in a folder; what a living process is still writing stays."""
+    for part in folder.glob(f".*.*{PART}"):
+        if _alive(part.name.removesuffix(PART).rpartition(".")[2]):
+            continue
         if part.is_dir():
             shutil.rmtree(part)
         else:
-            part.unlink()
+            part.unlink(missing_ok=True)
+
+
+def _alive(pid: str) -> bool:
+    if not pid.isdecimal() or int(pid) == os.getpid():
+        return False  # our own: nothing of this process is being written while it sweeps
+    try:
+        os.kill(int(pid), 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True  # it lives, under another user
+    return True
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from torch import Tensor
 
 import expunge
 from expunge.core.card import Provenance
+from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.models._names import EMBEDDED, TINY, embedded_names
 from expunge.stages import _files
@@ -34,9 +35,9 @@ class Source:
     licence: str
 
 
-def source_of(model: Generator, name: str, revision: str | None) -> Source:
-    """Describe a base model: its revision is the one asked for, or else the hash of its content."""
-    return Source(name=name, revision=revision or f"sha256:{model_fingerprint(model)}", licence=_licence(name))
+def source_of(model: Generator, name: str) -> Source:
+    """Describe a base model; its revision is the hash of its content, which no name or folder can replace unseen."""
+    return Source(name=name, revision=f"sha256:{model_fingerprint(model)}", licence=_licence(name))
 
 
 def _licence(name: str) -> str:
@@ -89,20 +90,46 @@ def commit() -> tuple[str | None, bool | None]:
     """Return the commit of the library's source and whether the source differs from it.
 
     Found in the git checkout that tracks this package, or else in pip's record of a `git+https` install; (None, None)
-    if neither exists.
+    for a wheel or an unpacked archive, which have none. Raises InputError where there is one that git does not tell.
     """
-    if _git("ls-files", "--error-unmatch", "__init__.py") is None:
+    if not (ROOT.parents[1] / ".git").exists() and _git("ls-files", "--error-unmatch", "__init__.py") is None:
         return _pinned_commit()
     head, changes = _git("rev-parse", "HEAD"), _git("status", "--porcelain", "--", ".")
-    return (head, bool(changes)) if head and changes is not None else (None, None)
+    if not head or changes is None:
+        raise InputError(f"{ROOT} is a git checkout, but git does not tell its commit; pass --no-provenance to go on")
+    return head, bool(changes)
 
 
-def provenance(method: type, run: Mapping[str, object], seconds: float, *, recorded: bool) -> Provenance:
-    """Collect everything about how a patch was made; `run` holds seed, device and dtype.
+def package_sha256(root: Path = ROOT) -> str:
+    """SHA-256 over the names and contents of all Python files below a folder, sorted by name."""
+    digest = hashlib.sha256()
+    for file in sorted(root.rglob("*.py"), key=lambda file: file.relative_to(root).as_posix()):
+        digest.update(f"{file.relative_to(root).as_posix()} {_files.sha256(file.read_bytes())}\n".encode())
+    return digest.hexdigest()
 
-    Raises InputError if no commit is found, unless `recorded` is False: then that is what the card says.
+
+@dataclass(frozen=True, kw_only=True)
+class Code:
+    """Which code is running: the sources' hash, and their commit where they came out of git."""
+
+    sha256: str | None
+    commit: str | None
+    dirty: bool | None
+
+
+def code(*, recorded: bool) -> Code:
+    """Find out which code is running, or nothing if it shall not be recorded; raises InputError as `commit` does.
+
+    To be asked before the work: source files may change while it runs.
     """
-    head, dirty = commit() if recorded else (None, None)
+    if not recorded:
+        return Code(sha256=None, commit=None, dirty=None)
+    head, dirty = commit()
+    return Code(sha256=package_sha256(), commit=head, dirty=dirty)
+
+
+def provenance(method: type, run: Mapping[str, object], seconds: float, made_by: Code) -> Provenance:
+    """Collect everything about how a patch was made; `run` holds seed, device and dtype."""
     return Provenance(
         seed=int(str(run["seed"])),
         device=str(run["device"]),
@@ -111,9 +138,10 @@ def provenance(method: type, run: Mapping[str, object], seconds: float, *, recor
         peak_bytes=_peak_bytes(),
         packages=packages(),
         source_sha256=_files.sha256(Path(inspect.getfile(method)).read_bytes()),
-        commit=head,
-        dirty=dirty,
-        recorded=recorded,
+        package_sha256=made_by.sha256,
+        commit=made_by.commit,
+        dirty=made_by.dirty,
+        recorded=made_by.sha256 is not None,
     )
 
 

@@ -21,8 +21,9 @@ from expunge.core.patch import Patch
 from expunge.core.registry import find
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
+from expunge.stages import _card as _card_file
 from expunge.stages import _files
-from expunge.stages._provenance import Source, hash_tensors, provenance, sampler_settings
+from expunge.stages._provenance import Code, Source, hash_tensors, provenance, sampler_settings
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -97,18 +98,16 @@ def save(
     job: Job,
     *,
     source: Source,
+    made_by: Code,
     seconds: float,
     log: Sequence[Mapping[str, Any]] = (),
-    recorded: bool = True,
 ) -> Path:
     """Write patch.safetensors, card.json and log.jsonl into a new folder, completely or not at all.
 
-    Raises InputError if the folder exists or the provenance cannot be found, OSError if the disk is full.
+    Raises InputError if the folder exists, OSError if the disk is full.
     """
     tensors = patch.tensors()
-    card = _card(
-        patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, recorded=recorded)
-    )
+    card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, made_by))
     blob = serialize(tensors, _header(card))
     card = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob)))
     with _files.whole_folder(folder) as part:
@@ -137,11 +136,7 @@ def locate(path: Path) -> Path:
 
 def read_card(path: Path) -> Card:
     """Read the card of a run folder or artifact folder; raises InputError for a missing or torn one."""
-    file = locate(path) / CARD
-    try:
-        return Card.from_json(_files.read_bytes(file).decode())
-    except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {error}") from None
+    return _card_file.read(locate(path) / CARD)
 
 
 def load(path: Path) -> Artifact:
@@ -231,5 +226,10 @@ def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Jo
             layers=layers,
         ),
         run=run,
-        claims={**method.claims, "reconstruction": method.reconstruction, "uses_anchor": method.uses_anchor},
+        claims={
+            **method.claims,
+            "reconstruction": method.reconstruction,
+            "uses_anchor": method.uses_anchor,
+            "uses_retain": job.eraser.retains,
+        },
     )

@@ -14,23 +14,29 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.models.load import load as load_model
 from expunge.stages import _files, artifact
-from expunge.stages._provenance import source_of
+from expunge.stages._provenance import code, source_of
 from expunge.stages.recipe import Recipe
 
 
 def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
     """Load the model, run the method, save recipe.toml and artifact/ in `out`; return the artifact folder.
 
-    A finished artifact of the same recipe is checked and kept; of another recipe it is an InputError that names both.
-    The recipe's seed wins over the run's. `recorded=False` saves without commit and says so in the card.
+    A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
+    both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
     """
     folder = out / "artifact"
     eraser, request = recipe.eraser(), recipe.request()
     if folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
-        return folder
+    run.progress(f"load {recipe.model.name}", 0, 1)
     model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype)
+    run.progress(f"load {recipe.model.name}", 1, 1)
+    source = source_of(model, recipe.model.name)
+    if folder.exists():
+        _check_base(artifact.read_card(folder), source.revision, folder)
+        return folder
     check(model, recipe.method.name, eraser, request)
+    made_by = code(recorded=recorded)
     out.mkdir(parents=True, exist_ok=True)
     _files.sweep(out)
     recipe.write(out / "recipe.toml")
@@ -48,10 +54,10 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
             request=request,
             seed=recipe.seed,
         ),
-        source=source_of(model, recipe.model.name, recipe.model.revision),
+        source=source,
+        made_by=made_by,
         seconds=time.monotonic() - start,
         log=log,
-        recorded=recorded,
     )
 
 
@@ -102,6 +108,15 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
         raise InputError(
             f"{folder} holds a finished artifact of {_title(card.method, _request(card))}; asked for "
             f"{_title(recipe.method.name, request)}, which differs in {', '.join(differ)}: choose another folder"
+        )
+
+
+def _check_base(card: Card, revision: str, folder: Path) -> None:
+    # a folder of weights keeps its name when its content changes
+    if card.base.revision != revision:
+        raise InputError(
+            f"{folder} holds a finished artifact of base {card.base.name!r} ({card.base.revision[7:19]}), "
+            f"whose weights have changed since (now {revision[7:19]}): choose another folder"
         )
 
 

@@ -22,11 +22,10 @@ NONE = "none"  # how a recipe writes an option that is None: TOML has no null
 
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
-    """Which generator: an embedded name, a tiny name, a local folder or file, or a hub id."""
+    """Which generator: an embedded name, a tiny name, a local folder, or a hub id `hf:org/name`."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: str
-    revision: str | None = None
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 
 
@@ -61,17 +60,8 @@ class TargetEntry(ConceptEntry):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateChoice:
-    """Suites and attacks to run on the artifact."""
-
-    __pydantic_config__: ClassVar[ConfigDict] = STRICT
-    suites: tuple[str, ...] = ()
-    attacks: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """A whole run: seed, model, method with its options, request, evaluation."""
+    """A whole run: seed, model, method with its options, request."""
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     seed: int = 0
@@ -79,7 +69,6 @@ class Recipe:
     method: MethodChoice
     target: tuple[TargetEntry, ...]
     retain: tuple[ConceptEntry, ...] = ()
-    evaluate: EvaluateChoice = EvaluateChoice()
 
     def request(self) -> Request:
         """Return the request of core; raises InputError when it is inconsistent (anchor equal to target, no target)."""
@@ -188,11 +177,6 @@ def settings(method: type, pairs: Sequence[str]) -> dict[str, Any]:
             raise InputError(f"--set names {key!r} twice")
         found[key] = _reading(kinds[key], text.strip()) if key in kinds else text
     return checked(method, found)
-
-
-def schema(name: str) -> dict[str, Any]:
-    """Return the JSON schema of a method's fields: the web form and `expunge list methods --json`."""
-    return TypeAdapter(find("methods", name)).json_schema()
 
 
 def describe(method: type) -> str:

@@ -43,7 +43,8 @@ def sample(
     own targets by default, all of the suite for the base. cache: folder where the base model's images are kept and
     found again. Sampler, guidance and seeds are the suite's. Finished batches are kept: a killed call continues, and
     its files are those of an uninterrupted one byte for byte, because batches are always composed alike.
-    Raises InputError for an unknown suite, target or model, a wrong base, or a folder that holds another arm's samples.
+    Raises InputError for an unknown suite, target or model, a target the artifact does not erase, a wrong base, or a
+    folder that holds another arm's samples.
     """
     made, loaded = artifact.load(source) if source else None, load_suite(suite)
     name = model or (made.card.base.name if made else None)
@@ -51,9 +52,14 @@ def sample(
         raise InputError("sampling without an artifact needs the name of a base model")
     erased = [concept.name for concept in made.card.target] if made else []
     chosen = [loaded.target(target).concept.name for target in targets or erased]
+    if made and (foreign := [target for target in chosen if target not in erased]):
+        # their images would count as failures to erase what nobody erased
+        raise InputError(f"{source} erased {', '.join(erased)}, not {foreign[0]!r}; choose among what it erased")
     chosen = chosen or [target.concept.name for target in loaded.targets]
     precision = dtype or (made.card.run.dtype if made else "float32")
+    run.progress(f"load {name}", 0, 1)
     base = load_model(name, device=run.device, dtype=precision)
+    run.progress(f"load {name}", 1, 1)
     arm = Arm.of(loaded, made, base, name, batch)
     folder = out / "samples" / loaded.name / arm.arm
     drawn = made.on(base) if made else base

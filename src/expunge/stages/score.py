@@ -53,14 +53,19 @@ def score(run_folder: Path, run: Run, *, detectors: Sequence[str] = (), batch: i
     """Ask detectors about every image below run_folder/samples and write scores.jsonl; return its path.
 
     Each image is asked for its case's concept, and retained neighbours also for the style their prompt names (where it
-    names one). detectors: names of the catalogue, the suites' own by default. Rows about unchanged images are kept.
+    names one). detectors: names of the catalogue, the suites' own by default. Rows about unchanged images are kept,
+    also those of detectors not asked now, unless they are incomplete: a summary speaks about whole arms only.
     The detectors' operating points for these concepts go to operating_points.json.
     Raises InputError for an unknown detector, no or incomplete samples, an image that is not the one in the index.
     """
     questions = list(_questions(run_folder, detectors))
-    loaded = {name: load_detector(name) for name in dict.fromkeys(question.detector for question in questions)}
+    loaded = _loaded(list(dict.fromkeys(question.detector for question in questions)), run)
     known = {_key(row): row for row in _files.read_lines(run_folder / SCORES)}
-    points = {name: _points(detector, questions, name) for name, detector in loaded.items()}
+    before = _files.read_json(run_folder / POINTS) if known and (run_folder / POINTS).exists() else {}
+    others = _kept(run_folder, known, questions, {*loaded, *before})
+    every = [*questions, *others]
+    points = {question.detector: before.get(question.detector) for question in others}
+    points |= {name: _points(detector, every, name) for name, detector in loaded.items()}
     groups = _grouped([question for question in questions if not question.answered(known.get(question.key))])
     total, done = len(questions), len(questions) - sum(map(len, groups.values()))
     run.progress("score", done, total)
@@ -69,13 +74,28 @@ def score(run_folder: Path, run: Run, *, detectors: Sequence[str] = (), batch: i
         threshold = _threshold(detector.operating_point(concept))
         for start in range(0, len(group), batch):
             part = group[start : start + batch]
-            known |= {_key(row): row for row in _rows(detector, concept, threshold, part, run.device)}
+            known |= {_key(row): row for row in _rows(detector, concept, threshold, part)}
             done += len(part)
             run.progress("score", done, total)
-        _write(run_folder, known, questions)
-    _write(run_folder, known, questions)
+        _write(run_folder, known, every)
+    _write(run_folder, known, every)
     _files.write_json(run_folder / POINTS, points)
     return run_folder / SCORES
+
+
+def _loaded(names: Sequence[str], run: Run) -> dict[str, Detector]:
+    found = {}
+    for done, name in enumerate(names):
+        run.progress("load detectors", done, len(names))
+        found[name] = load_detector(name)
+    run.progress("load detectors", len(names), len(names))
+    return found
+
+
+def check_detectors(names: Sequence[str]) -> None:
+    """Refuse names that are not in the catalogue, without loading any weights; raises InputError."""
+    for name in names:
+        find("detectors", name)
 
 
 def load_detector(name: str) -> Detector:
@@ -124,6 +144,20 @@ def _questions(run_folder: Path, detectors: Sequence[str]) -> Iterator[Question]
                     )  # fmt: skip
 
 
+def _kept(
+    run_folder: Path, known: Mapping[tuple[str, ...], Row], asked: Sequence[Question], calibrated: set[str]
+) -> list[Question]:
+    """Return the questions that detectors outside `asked` answered before, where they answered a whole suite."""
+    stored = tuple(dict.fromkeys(row["detector"] for row in known.values() if row["detector"] in calibrated))
+    new = {(question.suite, question.detector) for question in asked}
+    groups: dict[tuple[str, str], list[Question]] = {}
+    for question in _questions(run_folder, stored) if stored else ():
+        if (question.suite, question.detector) not in new:
+            groups.setdefault((question.suite, question.detector), []).append(question)
+    whole = [group for group in groups.values() if all(entry.answered(known.get(entry.key)) for entry in group)]
+    return [question for group in whole for question in group]
+
+
 def _asked(row: Row, concepts: Mapping[tuple[str, str], Concept]) -> list[Concept]:
     main = concepts[row["concept"], row["kind"]]
     style = Concept(name=row["style"], kind="style", prompts=(row["style"],)) if row["style"] else None
@@ -138,10 +172,9 @@ def _grouped(questions: Sequence[Question]) -> dict[tuple[str, Concept], list[Qu
     return groups
 
 
-def _rows(
-    detector: Detector, concept: Concept, threshold: float, questions: Sequence[Question], device: str
-) -> Iterator[Row]:
-    images = torch.stack([read_image(question.file, question.image) for question in questions]).to(device)
+def _rows(detector: Detector, concept: Concept, threshold: float, questions: Sequence[Question]) -> Iterator[Row]:
+    # on the CPU, where detectors live: they are small, and a verdict must not depend on the device
+    images = torch.stack([read_image(question.file, question.image) for question in questions])
     with torch.no_grad():
         values = detector.score(images, concept)
     fired = (values >= threshold).tolist()

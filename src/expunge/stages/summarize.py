@@ -9,7 +9,7 @@ from typing import Any
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
 from expunge.core.records import Arm, Estimate, OperatingPoint, Summary
-from expunge.ops.stats import Sample, harmonic_estimate, pooled, rate, rogan_gladen
+from expunge.ops.stats import Sample, harmonic_estimate, pooled_point, rate, rogan_gladen
 from expunge.stages import _files
 from expunge.stages.sample import BASE
 from expunge.stages.score import POINTS, SCORES, arms
@@ -152,7 +152,9 @@ def _arm(name: str, detector: str, answers: Sequence[Answer], points: Points, se
     """Compute the rates of one model under one detector; a rate without cases (no synonyms, no styles) is left out."""
     main = [answer for answer in answers if answer.asked == answer.main]
     chosen = {f"{role}_rate": [answer for answer in main if answer.role == role] for role in ROLES}
-    chosen["style_rate"] = [a for a in answers if a.role == "retain" and a.asked == ("style", a.style)]
+    # where styles themselves are retained their rate is the retain_rate: not told twice under two names
+    styled = [a for a in answers if a.role == "retain" and a.asked == ("style", a.style)]
+    chosen["style_rate"] = [a for a in styled if a.asked != a.main]
     parts = {key: part for key, part in chosen.items() if part}
     samples = {key: Sample.of([a.fired for a in part], [a.prompt for a in part]) for key, part in parts.items()}
     known = {key: _shared_point(part, detector, points) for key, part in parts.items()}
@@ -189,12 +191,7 @@ def _shared_point(answers: Sequence[Answer], detector: str, points: Points) -> O
     known = [point for point in found if point is not None]
     if len(known) != len(found):
         return None
-    return OperatingPoint(
-        threshold=known[0].threshold,
-        sensitivity=pooled([point.sensitivity for point in known]),
-        specificity=pooled([point.specificity for point in known]),
-        n=sum(point.n for point in known),
-    )
+    return pooled_point(known)
 
 
 def _points(run_folder: Path) -> Points:

@@ -53,6 +53,11 @@ class UCE(Eraser):
     """Every target phrase is edited in each of these, its anchor in the same; an empty anchor stays empty. The
     authors' prompt expansion uses five, such as "image of {}"."""
 
+    @property
+    def retains(self) -> bool:
+        """Whether retained rows have any weight."""
+        return self.retain_weight != 0
+
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
         """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
         sites = [site for site in model.sites("text_in") if site.reads == "tokens"]

@@ -52,7 +52,7 @@ class AllButOne(Eraser):
     grad_through_uncond: bool = True
     """Whether eps_student("") inside g carries gradient. Off, the first term is no gradient of anything: the
     conditional branch chases an unconditional one that shared weights drag along. On toy U-Nets that left more drift
-    and no better guidance at every drift_weight tried, hundreds of times the drift at 0."""
+    and no better guidance at every drift_weight tried, more than twice the drift at 0."""
 
     retain_weight: float = 0.0
     """Weight of ‖ g_student(r) − g(r) ‖² at the target's states, retained prompts r taking turns; 0 leaves it out."""
@@ -84,10 +84,15 @@ class AllButOne(Eraser):
     batch: int = 4
     """States per step."""
 
+    @property
+    def retains(self) -> bool:
+        """Whether the retained term has any weight."""
+        return self.retain_weight != 0
+
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
         """Patch of full weight deltas on `group`; logs the drift of the unconditional prediction at every step."""
         student = Student.of(model, self.group)
-        kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retain_weight else []
+        kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retains else []
         plan = [(target, anchor, other) for target, anchor in request.pairs for other in kept or [""]]
         target = model.encode([t for t, _, _ in plan])
         heading = model.encode([a or t for t, a, _ in plan])  # whose guidance the target is given, times scale

@@ -28,6 +28,7 @@ class ESD(Eraser):
     paper: ClassVar[str] = "arXiv:2303.07345"
     families: ClassVar[frozenset[Family]] = frozenset({"unet"})
     uses_anchor: ClassVar[bool] = False
+    uses_retain: ClassVar[bool] = False
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
         {
             "moves_the_target_more_than_what_is_retained": "Only the target's prediction is supervised and the weights "

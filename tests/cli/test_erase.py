@@ -2,15 +2,19 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import pytest
 from PIL import Image
 
 from expunge.core.card import Card
+from expunge.core.errors import InputError
+from expunge.models.tiny import tiny_pipeline
 
 CAT = ("--target", "cat", "--anchor", "dog", "--method", "uce")
 
@@ -79,6 +83,83 @@ def test_generate_continues_and_refuses_a_folder_of_other_images(tmp_path: Path,
     (tmp_path / "mine" / "diary.txt").write_text("mine")
     assert "not empty" in expunge(*words[:-1], tmp_path / "mine").complaint()
     assert [file.name for file in (tmp_path / "mine").iterdir()] == ["diary.txt"]
+
+
+def test_generate_refuses_images_of_other_weights(tmp_path: Path, expunge) -> None:
+    words = ("generate", tmp_path / "run", "--prompt", "cat", "-n", 1, "--steps", 2, "--out", tmp_path / "out")
+    for ridge in (0.5, 0.1):
+        asked = ("erase", "tiny-unet", *CAT, "--set", f"ridge={ridge}", "--out", tmp_path / "run")
+        assert expunge(*asked).code == 0
+        if ridge == 0.5:
+            assert expunge(*words).code == 0
+            shutil.rmtree(tmp_path / "run")
+    assert "other weights" in expunge(*words).complaint()
+
+
+def test_a_run_can_go_without_provenance_and_says_so(tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent() -> tuple[None, None]:
+        raise InputError("git does not tell its commit; pass --no-provenance to go on")
+
+    monkeypatch.setattr("expunge.stages._provenance.commit", silent)
+    words = ("erase", "tiny-unet", *CAT, "--out", tmp_path / "out", "--json")
+    assert "--no-provenance" in expunge(*words).complaint()
+    assert not (tmp_path / "out").exists()
+    card = json.loads(expunge(*words, "--no-provenance").out)["card"]
+    assert card["run"]["recorded"] is False and card["run"]["commit"] is None
+
+
+def test_an_installed_wheel_erases_and_names_its_sources(
+    tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("expunge.stages._provenance.commit", lambda: (None, None))
+    card = json.loads(expunge("erase", "tiny-unet", *CAT, "--out", tmp_path, "--json").out)["card"]
+    assert card["run"]["recorded"] is True and len(card["run"]["package_sha256"]) == 64
+
+
+def test_a_recipe_repeats_a_run(tmp_path: Path, expunge) -> None:
+    assert expunge("erase", "tiny-unet", *CAT, "--set", "ridge=0.25", "--seed", 3, "--out", tmp_path / "a").code == 0
+    words = ("erase", "--recipe", tmp_path / "a" / "recipe.toml", "--out", tmp_path / "b")
+    for more in (("--seed", 4), ("--dtype", "float16"), ("--target", "dog"), ("--set", "ridge=1")):
+        assert "--recipe says everything" in expunge(*words, *more).complaint()
+    assert not (tmp_path / "b").exists()
+    assert expunge(*words).code == 0
+    one, two = (Card.from_json((tmp_path / name / "artifact" / "card.json").read_text()) for name in "ab")
+    assert (one.config, one.target, one.anchor, one.run.seed) == (two.config, two.target, two.anchor, two.run.seed)
+    assert one.patch.layers == two.patch.layers
+    assert "no such file" in expunge("erase", "--recipe", tmp_path / "c.toml", "--out", tmp_path / "c").complaint()
+
+
+def test_what_a_method_ignores_is_said(tmp_path: Path, expunge) -> None:
+    brief = ("--set", "steps=1", "--set", "pool=2", "--set", "walk=2", "--set", "batch=1")
+    words = ("erase", "tiny-unet", "--target", "cat", "--anchor", "dog", "--retain", "car")
+    esd = expunge(*words, "--method", "esd", *brief, "--out", tmp_path / "esd")
+    assert "esd uses no anchor" in esd.err and "esd uses no retained" in esd.err
+    ours = expunge(*words, "--method", "all_but_one", *brief, "--out", tmp_path / "ours")
+    assert "all_but_one uses no retained" in ours.err and "anchor" not in ours.err
+    uce = expunge(*words, "--method", "uce", "--out", tmp_path / "uce")
+    assert "uses no" not in uce.err
+    claims = [
+        json.loads((tmp_path / name / "artifact" / "card.json").read_text())["claims"]
+        for name in ("esd", "ours", "uce")
+    ]
+    assert [claim["uses_retain"] for claim in claims] == [False, False, True]
+
+
+def test_anchor_and_retained_are_of_the_targets_kind(tmp_path: Path, expunge) -> None:
+    words = ("erase", "tiny-unet", "--target", "red", "--anchor", "blue", "--retain", "green", "--kind", "style")
+    card = json.loads(expunge(*words, "--method", "uce", "--out", tmp_path, "--json").out)["card"]
+    assert {concept["kind"] for role in ("target", "anchor", "retain") for concept in card[role]} == {"style"}
+
+
+def test_a_model_folder_means_the_same_from_anywhere(tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny_pipeline("tiny-unet", seed=1).save_pretrained(tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    card = json.loads(expunge("erase", "model", *CAT, "--out", tmp_path / "run", "--json").out)["card"]
+    assert card["base"]["name"] == str(tmp_path / "model")
+    (tmp_path / "below").mkdir()
+    monkeypatch.chdir(tmp_path / "below")
+    words = ("--prompt", "cat", "-n", 1, "--steps", 2, "--out", tmp_path / "images")
+    assert expunge("generate", tmp_path / "run", *words).code == 0
 
 
 def test_ctrl_c_leaves_with_130_and_nothing_half_written(tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ BAD = {
     "no option value": (("generate", "tiny-unet", "--prompt"), "--prompt", "argument"),
     "missing option": (("erase", "tiny-unet"), "--target", "Missing"),
     "unknown command": (("frobnicate",), "frobnicate", "command"),
+    "phrase the tokenizer lacks": (
+        ("erase", "tiny-unet", "--target", "<|endoftext|>", "--method", "uce"),
+        "endoftext",
+        "not know",
+    ),
     "phrase beyond the window": (("erase", "tiny-unet", "--target", "cat " * 40, "--method", "uce"), "cat", "token"),
 }
 
@@ -44,6 +49,40 @@ def test_a_missing_folder_is_no_model(command: tuple[str, ...], tmp_path: Path, 
     verb, *rest = command
     complaint = expunge(verb, tmp_path / "nowhere", *rest, "--out", tmp_path / "out").complaint()
     assert "nowhere" in complaint or "nope" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+WRONG = {
+    "no token": (" ", "no words"),
+    "unknown token": ("<|endoftext|>", "does not know"),
+    "too long": ("cat " * 40, "at most"),
+}
+
+
+@pytest.mark.parametrize("prompt, says", WRONG.values(), ids=WRONG.keys())
+def test_a_prompt_that_cannot_be_read_leaves_the_folder_free(prompt: str, says: str, tmp_path: Path, expunge) -> None:
+    words = ("generate", "tiny-unet", "-n", 1, "--steps", 2, "--out", tmp_path / "out", "--prompt")
+    assert says in expunge(*words, prompt).complaint()
+    assert not (tmp_path / "out").exists()
+    assert expunge(*words, "cat").code == 0
+
+
+def test_an_unknown_model_leaves_the_folder_free(tmp_path: Path, expunge) -> None:
+    words = ("--prompt", "cat", "--out", tmp_path / "out")
+    assert "tiny-nut" in expunge("generate", "tiny-nut", *words).complaint()
+    assert not (tmp_path / "out").exists()
+
+
+def test_truncated_weights_of_a_model(tmp_path: Path, expunge) -> None:
+    from expunge.models.tiny import tiny_pipeline
+
+    tiny_pipeline("tiny-unet").save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "unet" / "diffusion_pytorch_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+    words = ("erase", tmp_path / "model", "--target", "cat", "--method", "uce", "--out", tmp_path / "out")
+    complaint = expunge(*words).complaint()
+    assert file.name in complaint and "truncated" in complaint
+    assert not (tmp_path / "out").exists()
 
 
 def test_report_of_a_folder_without_scores(tmp_path: Path, expunge) -> None:
@@ -94,6 +133,27 @@ def test_a_full_disk(tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr("expunge.stages._files.os.fsync", full)
     assert "No space left on device" in expunge(*ERASE, "--out", tmp_path / "run").complaint()
     assert [file for file in (tmp_path / "run").rglob("*") if file.is_file()] == []
+
+
+@pytest.mark.usefixtures("colour")
+@pytest.mark.parametrize("verb", ["generate", "score"])
+def test_a_full_disk_while_drawing(
+    verb: str, suite: Path, tmp_path: Path, expunge, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, out = os.fsync, tmp_path / "out"
+    rest = ("--prompt", "cat", "-n", 2, "--steps", 2) if verb == "generate" else ("--suite", suite, "--target", "blue")
+    calls = iter(range(1000))
+
+    def full(handle: int) -> None:
+        if next(calls) >= 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(handle)
+
+    with monkeypatch.context() as patched:
+        patched.setattr("expunge.stages._files.os.fsync", full)
+        assert "No space left on device" in expunge(verb, "tiny-unet", *rest, "--out", out).complaint()
+    assert not list(out.rglob(".*"))
+    assert expunge(verb, "tiny-unet", *rest, "--out", out).code == 0
 
 
 def test_a_file_where_a_folder_should_be(tmp_path: Path, expunge) -> None:

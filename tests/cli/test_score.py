@@ -5,6 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from expunge.cli.cut import cut_suite
+
 RATES = {"target_rate", "synonym_rate", "retain_rate", "style_rate", "harmonic"}
 FIELDS = {"value", "low", "high", "level", "n", "clusters", "how", "detector", "corrected_for"}
 RED = ("--target", "red", "--anchor", "green", "--method", "uce", "--set", "ridge=0.001")
@@ -79,3 +81,45 @@ def test_the_demo_makes_one_page_of_several_methods_and_continues(suite: Path, t
     assert again.code == 0 and again.out.splitlines()[-1] == str(out / "report.html")
     assert {file: file.read_bytes() for file in out.rglob("*") if file.is_file()} == before
     assert "name one of" in expunge("generate", out, "--prompt", "red", "--out", tmp_path / "images").complaint()
+
+
+@pytest.mark.usefixtures("colour")
+def test_what_nobody_erased_is_not_counted_as_left(suite: Path, tmp_path: Path, expunge) -> None:
+    assert expunge("erase", "tiny-unet", *RED, "--out", tmp_path / "red").code == 0
+    assert "not 'blue'" in expunge("score", tmp_path / "red", "--suite", suite, "--target", "blue").complaint()
+    assert not (tmp_path / "red" / "samples").exists()
+    # of two artifacts side by side each is asked about its own target
+    words = ("erase", "tiny-unet", "--target", "blue", "--anchor", "green", "--method", "esd", "--set", "steps=1")
+    assert expunge(*words, "--set", "pool=2", "--set", "walk=2", "--out", tmp_path / "blue").code == 0
+    told = json.loads(expunge("score", tmp_path, "--suite", suite, "--json").out)
+    seen = {(arm["arm"], tuple(part["targets"])) for part in told["suites"] for arm in part["arms"]}
+    assert seen == {("base", ("red",)), ("uce", ("red",)), ("base", ("blue",)), ("esd", ("blue",))}
+
+
+@pytest.mark.usefixtures("colour")
+def test_an_unknown_detector_is_refused_before_anything_is_drawn(suite: Path, tmp_path: Path, expunge) -> None:
+    words = ("score", "tiny-unet", "--suite", suite, "--detector", "judge", "--out", tmp_path / "out")
+    assert "unknown detector 'judge'" in expunge(*words).complaint()
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.usefixtures("colour")
+def test_a_rate_without_cases_is_null(suite: Path, tmp_path: Path, expunge) -> None:
+    cases = suite / "cases.csv"
+    cases.write_text("".join(line for line in cases.read_text().splitlines(True) if ",synonym," not in line))
+    words = ("score", "tiny-unet", "--suite", suite, "--target", "blue", "--out", tmp_path / "out", "--json")
+    (arm,) = json.loads(expunge(*words).out)["suites"][0]["arms"]
+    assert set(arm) == {*RATES, "arm", "detector", "raw"}
+    assert arm["synonym_rate"] is None and arm["harmonic"] is None and arm["target_rate"] is not None
+
+
+def test_a_demo_refused_leaves_the_suite_that_is_there(suite: Path, tmp_path: Path, expunge) -> None:
+    out = tmp_path / "demo"
+    words = ("demo", "--model", "tiny-unet", "--suite", suite, "--method", "uce", "--out", out)
+    assert "ridg" in expunge(*words, "--set", "uce.ridg=1").complaint()
+    assert not out.exists()
+    folder, _ = cut_suite(str(suite), "red", 12, out / "suite")
+    before = {file.name: file.read_bytes() for file in folder.iterdir()}
+    assert "another suite" in expunge(*words, "--target", "blue", "--cases", 12).complaint()
+    assert {file.name: file.read_bytes() for file in folder.iterdir()} == before
+    assert [path.name for path in out.iterdir()] == ["suite"]

@@ -63,7 +63,7 @@ def run(words: Sequence[str]) -> int:
     except OSError as error:
         return _fail(_disk(error))
     if code == INTERRUPTED:
-        typer.echo("interrupted; what was finished is kept, the same command continues from there", err=True)
+        typer.echo("interrupted; finished files are kept: drawing and judging continue, erasing starts anew", err=True)
     return int(code)
 
 

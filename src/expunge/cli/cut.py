@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from expunge.core.errors import InputError
 from expunge.core.records import Case
 from expunge.suites.load import COLUMNS, load
 
@@ -16,7 +17,8 @@ def cut_suite(name: str, target: str, count: int, folder: Path) -> tuple[Path, s
     """Write a suite of one target (the first if empty) and about `count` cases; return its folder and the target.
 
     Cases are taken evenly over the file, a new prompt before a second seed, so that prompts stay as many as can be.
-    Raises InputError for an unknown suite or target.
+    Raises InputError for an unknown suite or target, and for a folder that holds another suite: samples drawn from it
+    would lose what they were drawn from.
     """
     import tomli_w
 
@@ -41,8 +43,10 @@ def cut_suite(name: str, target: str, count: int, folder: Path) -> tuple[Path, s
             }
         ],
     }
-    write_bytes(folder / "suite.toml", tomli_w.dumps(table).encode())
-    write_bytes(folder / "cases.csv", _table(cases))
+    for file, data in {"suite.toml": tomli_w.dumps(table).encode(), "cases.csv": _table(cases)}.items():
+        if (folder / file).exists() and (folder / file).read_bytes() != data:
+            raise InputError(f"{folder} holds another suite, target or number of cases; choose another folder")
+        write_bytes(folder / file, data)
     return folder, chosen.concept.name
 
 

@@ -10,10 +10,9 @@ from expunge.cli.console import Out
 from expunge.cli.cut import cut_suite
 from expunge.cli.erase import build, carry_out, outcome
 from expunge.cli.measure import as_data, measure, show
-from expunge.cli.options import Device, Json, Seed
+from expunge.cli.options import Device, Json, Provenance, Seed
 from expunge.cli.places import place
 from expunge.cli.report import write_page
-from expunge.core.card import Card
 from expunge.core.errors import InputError
 from expunge.suites.load import Target, load
 
@@ -30,12 +29,13 @@ def demo(
     method: Annotated[list[str] | None, typer.Option(help=f"Repeat. Default: {', '.join(METHODS)}.")] = None,
     cases: Annotated[
         int, typer.Option(min=8, help="Images per model; more take longer and narrow the intervals.")
-    ] = 100,
+    ] = 80,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="METHOD.FIELD=VALUE", help="Set a field of a method; repeat.")
     ] = None,
     out: Annotated[Path, typer.Option(file_okay=False, help="Folder to write.")] = Path("runs/demo"),
     seed: Seed = 0,
+    provenance: Provenance = True,
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
@@ -43,14 +43,19 @@ def demo(
 
     A killed demo continues where it stopped when it is started again.
     """
+    from expunge.stages.artifact import read_card
+
     screen, methods = Out(machine=json), list(dict.fromkeys(method or METHODS))
     chosen = {choice: _settings(choice, settings or [], methods) for choice in methods}
-    part, name = cut_suite(suite, target, cases, out / "suite")
-    for choice, pairs in chosen.items():
+    whole = load(suite)
+    goal = whole.target(target or whole.targets[0].concept.name)
+    recipes = {choice: _recipe(model, goal, choice, pairs, seed) for choice, pairs in chosen.items()}
+    part, name = cut_suite(suite, goal.concept.name, cases, out / "suite")
+    for choice, recipe in recipes.items():
         screen.note(f"erasing {name} with {choice}")
-        recipe = _recipe(model, load(part).target(name), choice, pairs, seed)
-        screen.note(outcome(_erased(screen, recipe, out / choice, device)))
-    screen.note(f"drawing and judging {cases} images for each model")
+        folder = carry_out(screen, recipe, out / choice, device=device, recorded=provenance)
+        screen.note(outcome(read_card(folder)))
+    screen.note(f"drawing and judging {len(load(part).cases)} images for each model")
     summaries = measure(screen, place(str(out)), out, part, targets=[name], device=device)
     page = write_page(out)
     screen.emit({"run": str(out), "suites": as_data(summaries), "report": str(page.resolve())})
@@ -76,9 +81,3 @@ def _recipe(model: str, target: Target, method: str, settings: Sequence[str], se
         settings=settings,
         seed=seed,
     )
-
-
-def _erased(screen: Out, recipe: "Recipe", out: Path, device: str) -> Card:
-    from expunge.stages.artifact import read_card
-
-    return read_card(carry_out(screen, recipe, out, device=device))

@@ -1,69 +1,94 @@
 """`expunge erase`: flags → recipe → artifact."""
 
 from collections.abc import Sequence
+from functools import partial
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
 from expunge.cli.console import Out
-from expunge.cli.options import Device, Json, ModelName, OutDir, Seed, phrases
+from expunge.cli.options import MODELS, Device, Json, OutDir, Provenance, Seed, phrases
 from expunge.core.card import Card
 from expunge.core.concept import Kind
 from expunge.core.errors import InputError
+from expunge.models._names import settled
 
 if TYPE_CHECKING:
     from expunge.stages.recipe import Recipe
 
+Word = TypeVar("Word", bound=Sequence[Any])
 Dtype = Literal["float32", "float16", "bfloat16"]
 PHRASES = "'NAME | OTHER PHRASE | …' gives more phrases."
 
 
 def erase(
-    model: ModelName,
-    target: Annotated[list[str], typer.Option(help=f"Concept to erase; repeat for several. {PHRASES}")],
-    method: Annotated[str, typer.Option(help="A name of `expunge list methods`.")],
     out: OutDir,
+    model: Annotated[str, typer.Argument(metavar="MODEL", help=MODELS)] = "",
+    target: Annotated[
+        list[str] | None, typer.Option(help=f"Concept to erase; repeat for several. Required. {PHRASES}")
+    ] = None,
+    method: Annotated[str, typer.Option(help="A name of `expunge list methods`. Required.")] = "",
     anchor: Annotated[
         list[str] | None,
         typer.Option(help='What the target is sent to, one per target in order; "" or absent: the unconditional.'),
     ] = None,
     retain: Annotated[list[str] | None, typer.Option(help=f"Concept that must not move; repeat. {PHRASES}")] = None,
-    kind: Annotated[Kind, typer.Option(help="What the targets are.")] = "object",
+    kind: Annotated[Kind, typer.Option(help="What the targets, anchors and retained concepts are.")] = "object",
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="FIELD=VALUE", help="Set a field of the method; repeat.")
     ] = None,
     seed: Seed = 0,
-    device: Device = "cpu",
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
+    recipe: Annotated[
+        Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word but --out, --device.")
+    ] = None,
+    provenance: Provenance = True,
+    device: Device = "cpu",
     json: Json = False,
 ) -> None:
     """Erase concepts from a model and write the change as an artifact."""
-    screen, targets, kept = (
-        Out(machine=json),
-        [phrases(text) for text in target],
-        [phrases(text) for text in retain or []],
-    )
+    screen = Out(machine=json)
+    targets, kept = ([phrases(text) for text in words or []] for words in (target, retain))
     with screen.waiting("loading torch and diffusers"):
         from expunge.stages.artifact import read_card
+        from expunge.stages.recipe import read
 
-        recipe = build(
-            model=model,
-            targets=targets,
-            anchors=anchor or [],
-            retain=kept,
-            kind=kind,
-            method=method,
-            settings=settings or [],
-            seed=seed,
-            dtype=dtype,
-        )
-    folder = carry_out(screen, recipe, out, device=device)
+        if recipe is not None:
+            _alone(model, targets, method, anchor, kept, settings, seed, kind != "object", dtype != "float32")
+            asked = read(recipe)
+        else:
+            asked = build(
+                model=_named("argument MODEL", model),
+                targets=_named("option --target", targets),
+                anchors=anchor or [],
+                retain=kept,
+                kind=kind,
+                method=_named("option --method", method),
+                settings=settings or [],
+                seed=seed,
+                dtype=dtype,
+            )
+    folder = carry_out(screen, asked, out, device=device, recorded=provenance)
     card = read_card(folder)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json())})
     screen.say(outcome(card))
     screen.say(f"wrote {folder}")
+
+
+def _named(what: str, value: Word) -> Word:
+    if not value:
+        raise InputError(f"Missing {what}; or repeat a run with --recipe FILE")
+    return value
+
+
+def _alone(*words: object) -> None:
+    """Refuse words that a recipe would silently overrule."""
+    if any(words):
+        raise InputError(
+            "--recipe says everything about the run: give only --out, --device and --no-provenance with it"
+        )
 
 
 def build(
@@ -88,16 +113,17 @@ def build(
     if anchors and len(anchors) != len(targets):
         raise InputError(f"got {len(targets)} --target and {len(anchors)} --anchor; give one anchor each, or none")
     options = recipe.settings(find("methods", method), settings)
-    sent = [recipe.ConceptEntry(name=names[0], prompts=names) if (names := _anchor(text)) else None for text in anchors]
+    entry = partial(recipe.ConceptEntry, kind=kind)  # what replaces a style is a style, and so are its neighbours
+    sent = [entry(name=names[0], prompts=names) if (names := _anchor(text)) else None for text in anchors]
     return recipe.Recipe(
         seed=seed,
-        model=recipe.ModelChoice(name=model, dtype=dtype),
+        model=recipe.ModelChoice(name=settled(model), dtype=dtype),
         method=recipe.MethodChoice(name=method, options=options),
         target=tuple(
             recipe.TargetEntry(name=names[0], kind=kind, prompts=names, anchor=anchor)
             for names, anchor in zip(targets, sent or [None] * len(targets), strict=True)
         ),
-        retain=tuple(recipe.ConceptEntry(name=names[0], prompts=names) for names in retain),
+        retain=tuple(entry(name=names[0], prompts=names) for names in retain),
     )
 
 
@@ -105,13 +131,18 @@ def _anchor(text: str) -> tuple[str, ...]:
     return phrases(text) if text.strip() else ()
 
 
-def carry_out(screen: Out, recipe: "Recipe", out: Path, *, device: str) -> Path:
-    """Run the erase stage with a progress bar; return the artifact's folder."""
+def carry_out(screen: Out, recipe: "Recipe", out: Path, *, device: str, recorded: bool = True) -> Path:
+    """Run the erase stage with a progress bar, after saying what will be ignored; return the artifact's folder."""
     from expunge.core.eraser import Run
     from expunge.stages.erase import erase as stage
 
+    eraser, request = recipe.eraser(), recipe.request()
+    if any(request.anchor) and not eraser.uses_anchor:
+        screen.note(f"{recipe.method.name} uses no anchor: --anchor has no effect")
+    if request.retain and not eraser.retains:
+        screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
     with screen.progress() as progress:
-        return stage(recipe, out, Run(seed=recipe.seed, device=device, progress=progress))
+        return stage(recipe, out, Run(seed=recipe.seed, device=device, progress=progress), recorded=recorded)
 
 
 def outcome(card: Card) -> str:

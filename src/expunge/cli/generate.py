@@ -9,7 +9,7 @@ import typer
 
 from expunge.cli.console import Out, Report
 from expunge.cli.options import Device, Json, ModelOrRun, OutDir, Seed
-from expunge.cli.places import place
+from expunge.cli.places import Place, place
 from expunge.core.errors import InputError
 
 if TYPE_CHECKING:
@@ -35,26 +35,14 @@ def generate(
     """
     screen, found = Out(machine=json), place(source)
     asked = [(text, seed + turn) for text in prompt for turn in range(count)]
-    rows = [
-        {
-            "file": f"{n:04d}.png",
-            "prompt": text,
-            "seed": own,
-            "steps": steps,
-            "guidance_scale": guidance,
-            "from": source,
-        }
-        for n, (text, own) in enumerate(asked)
-    ]
-    _check_free(out, rows)
+    rows = [{"file": f"{n:04d}.png", "prompt": text, "seed": own} for n, (text, own) in enumerate(asked)]
+    _check_free(out)
     with screen.waiting("loading the model"):
-        from expunge.models.load import load
-        from expunge.stages import artifact
-
-        base = load(found.model, device=device, dtype=found.dtype)
-        model = artifact.load(found.one).on(base) if found.one else base
+        model, origin = _opened(found, device)
     for text in prompt:
         model.check_prompt(text)
+    rows = [{**row, "steps": steps, "guidance_scale": guidance, "from": source, **origin} for row in rows]
+    _claim(out, rows)
     with screen.progress() as progress:
         _draw(model, rows, out, progress)
     _sheet(out, rows, columns=count)
@@ -62,16 +50,30 @@ def generate(
     screen.say(f"wrote {len(rows)} images and {out / SHEET}")
 
 
-def _check_free(out: Path, rows: Sequence[dict[str, Any]]) -> None:
+def _opened(found: Place, device: str) -> tuple["Generator", dict[str, Any]]:
+    """Open a model, erased or not, and say by hashes which it is: a path may hold other weights tomorrow."""
+    from expunge.models.load import load
+    from expunge.stages import artifact
+    from expunge.stages._provenance import model_fingerprint
+
+    base = load(found.model, device=device, dtype=found.dtype)
+    made = artifact.load(found.one) if found.one else None
+    origin = {"base_sha256": model_fingerprint(base), "patch_sha256": made.card.patch.sha256 if made else None}
+    return (made.on(base) if made else base), origin
+
+
+def _check_free(out: Path) -> None:
+    if out.exists() and any(out.iterdir()) and not (out / INDEX).exists():
+        raise InputError(f"{out} is not empty and holds no {INDEX}; choose another --out")
+
+
+def _claim(out: Path, rows: Sequence[dict[str, Any]]) -> None:
     from expunge.stages._files import read_json, write_json
 
-    if (out / INDEX).exists():
-        if read_json(out / INDEX)["images"] != list(rows):
-            raise InputError(f"{out} holds images of another request; choose another --out")
-    elif out.exists() and any(out.iterdir()):
-        raise InputError(f"{out} is not empty and holds no {INDEX}; choose another --out")
-    else:
+    if not (out / INDEX).exists():
         write_json(out / INDEX, {"images": list(rows)})
+    elif read_json(out / INDEX).get("images") != list(rows):
+        raise InputError(f"{out} holds images of another request or of other weights; choose another --out")
 
 
 def _draw(model: "Generator", rows: Sequence[dict[str, Any]], out: Path, progress: Report) -> None:

@@ -34,6 +34,7 @@ def _method(entry: Facts) -> dict[str, Any]:
         "families": entry.attributes.get("families", []),
         "reconstruction": entry.attributes.get("reconstruction", False),
         "uses_anchor": entry.attributes.get("uses_anchor", True),
+        "uses_retain": entry.attributes.get("uses_retain", True),
         "fields": [asdict(field) for field in entry.fields],
     }
 

@@ -7,7 +7,9 @@ from typing import Any
 
 from expunge.cli.console import Out
 from expunge.cli.places import Place
+from expunge.core.errors import InputError
 from expunge.core.records import Arm, Estimate, Summary
+from expunge.suites.load import load
 
 RATES = ("target_rate", "synonym_rate", "retain_rate", "style_rate", "harmonic")
 HEADS = ("target", "synonyms", "neighbours", "styles", "H_o")
@@ -26,20 +28,25 @@ def measure(
 ) -> tuple[Summary, ...]:
     """Draw a suite's cases for the base and every artifact, judge them, and return the summaries written to `folder`.
 
-    Finished images and scores are kept, so a second call only does what is missing.
+    Every artifact is asked about its own targets only. Finished images and scores are kept, so a second call only does
+    what is missing. Raises InputError, before anything is drawn, for an unknown detector or a target nobody erased.
     """
     with screen.waiting("loading torch and diffusers"):
         from expunge.core.eraser import Run
         from expunge.stages.sample import sample
-        from expunge.stages.score import score
+        from expunge.stages.score import check_detectors, score
         from expunge.stages.summarize import read, summarize
 
+    check_detectors(detectors or load(suite).detectors)
     chosen = tuple(targets) or place.targets
+    if foreign := [target for target in chosen if place.artifacts and target not in place.targets]:
+        raise InputError(f"{place.run} erased {', '.join(place.targets)}, not {foreign[0]!r}; leave out --target")
     with screen.progress() as progress:
         run = Run(device=device, progress=progress)
         sample(None, suite, folder, run, model=place.model, dtype=place.dtype, targets=chosen, cache=cache)
-        for artifact in place.artifacts:
-            sample(artifact, suite, folder, run, targets=chosen)
+        for artifact, erased in zip(place.artifacts, place.erased, strict=True):
+            if own := [target for target in chosen if target in erased]:
+                sample(artifact, suite, folder, run, targets=own)
         score(folder, run, detectors=detectors)
     summarize(folder)
     return read(folder)
@@ -63,7 +70,8 @@ def _row(arm: Arm) -> dict[str, Any]:
 
 
 def _plain(rates: Mapping[str, Estimate]) -> dict[str, Any]:
-    return {name: asdict(estimate) for name, estimate in rates.items()}
+    # every rate has its place: null where the suite has no cases for it
+    return {name: asdict(rates[name]) if name in rates else None for name in RATES}
 
 
 def show(screen: Out, summaries: Sequence[Summary], *, first_detector: bool = False) -> None:

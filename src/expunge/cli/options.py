@@ -7,15 +7,16 @@ import typer
 
 from expunge.core.errors import InputError
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="A name of `expunge list models`, or a local diffusers folder or file.")
-]
+MODELS = "A name of `expunge list models`, a local diffusers folder, or hf:ORG/NAME from the hub."
 ModelOrRun = Annotated[
     str, typer.Argument(metavar="MODEL|DIR", help="A model, or the folder that `expunge erase` wrote.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, mps.")]
 Seed = Annotated[int, typer.Option(min=0, help="Everything random follows from it.")]
+Provenance = Annotated[
+    bool, typer.Option("--provenance/--no-provenance", help="Name the code that ran, and its commit, in the card.")
+]
 OutDir = Annotated[Path, typer.Option("--out", file_okay=False, help="Folder to write.")]
 
 

@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from expunge.core.card import Card
 from expunge.core.errors import InputError
+from expunge.models._names import settled
+from expunge.stages import _card
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,13 @@ class Place:
     dtype: str
     run: Path | None
     artifacts: tuple[Path, ...]
-    targets: tuple[str, ...]
+    erased: tuple[tuple[str, ...], ...]
+    """What each artifact erased."""
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """What any of the artifacts erased, each once."""
+        return tuple(dict.fromkeys(name for names in self.erased for name in names))
 
     @property
     def one(self) -> Path | None:
@@ -32,23 +39,15 @@ def place(word: str) -> Place:
     found = [path] if (path / "card.json").is_file() else sorted({*path.glob("artifact"), *path.glob("*/artifact")})
     artifacts = tuple(folder for folder in found if (folder / "card.json").is_file())
     if not artifacts:
-        return Place(word, "float32", None, (), ())
-    cards = [_card(folder / "card.json") for folder in artifacts]
+        return Place(settled(word), "float32", None, (), ())
+    cards = [_card.read(folder / "card.json") for folder in artifacts]
     bases = {(card.base.name, card.run.dtype) for card in cards}
     if len(bases) > 1:
         raise InputError(f"{path} holds artifacts of several models: {', '.join(sorted(name for name, _ in bases))}")
     (model, dtype), run = bases.pop(), path.parent if artifacts == (path,) else path
-    targets = dict.fromkeys(concept.name for card in cards for concept in card.target)
-    return Place(model, dtype, run, artifacts, tuple(targets))
+    return Place(model, dtype, run, artifacts, tuple(tuple(c.name for c in card.target) for card in cards))
 
 
 def run_folder(path: Path) -> Path:
     """Return the run folder for itself or for its artifact folder."""
     return path.parent if (path / "card.json").is_file() else path
-
-
-def _card(file: Path) -> Card:
-    try:
-        return Card.from_json(file.read_text(encoding="utf-8"))
-    except (InputError, UnicodeDecodeError) as error:
-        raise InputError(f"{file}: {error}") from None

@@ -1,0 +1,46 @@
+"""What a person sees on a terminal: bars that arrive at their ends, and nothing of them on a pipe."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from expunge.cli.console import Out
+
+
+def terminal(*, machine: bool = False) -> tuple[Out, io.StringIO]:
+    out, stream = Out(machine=machine), io.StringIO()
+    out.stderr = Console(file=stream, force_terminal=True, width=100, highlight=False)
+    out.lively = not machine and out.stderr.is_terminal
+    return out, stream
+
+
+def test_bars_name_their_work_and_count_to_the_end(capsys: pytest.CaptureFixture[str]) -> None:
+    out, stream = terminal()
+    with out.progress() as report:
+        for done in range(4):
+            report("layers", done, 3)
+        report("load tiny-unet", 0, 1)
+        report("load tiny-unet", 1, 1)
+    last = stream.getvalue().splitlines()[-3:-1]
+    assert "layers" in last[0] and "3/3" in last[0]
+    assert "load tiny-unet" in last[1] and "1/1" in last[1]
+    assert capsys.readouterr().out == ""
+
+
+def test_a_status_spins_while_waiting() -> None:
+    out, stream = terminal()
+    with out.waiting("loading the model"):
+        pass
+    assert "loading the model" in stream.getvalue()
+
+
+@pytest.mark.parametrize("machine", [True, False])
+def test_a_pipe_gets_no_bars(machine: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    out = Out(machine=machine)
+    assert not out.lively
+    with out.progress() as report, out.waiting("loading the model"):
+        report("layers", 1, 3)
+    streams = capsys.readouterr()
+    assert streams.out == "" and "layers" not in streams.err
+    assert streams.err == ("" if machine else "loading the model\n")

@@ -133,7 +133,7 @@ def phrase(kind: str, name: str) -> str:
 
 def header(suite: str, kind: str, builder: Builder) -> str:
     """Write suite.toml as text."""
-    lines = [f'name = "{suite}"', 'version = "1"', 'detectors = ["judge_cnn", "judge_vit", "clip_zero_shot"]']
+    lines = [f'name = "{suite}"', 'version = "1"', 'detectors = ["judge_cnn", "judge_vit"]']
     lines += ["", "[sampler]", "steps = 25", "guidance_scale = 4.0"]
     for target, (anchor, retain) in TABLES[suite].items():
         synonyms = builder.data.synonyms.get(target, ())

@@ -89,10 +89,11 @@ def draw(data: world.World, batch: int, random: torch.Generator) -> tuple[Tensor
     index = data.train[torch.randint(len(data.train), (batch,), generator=random)]
     background = torch.randint(len(world.BACKGROUNDS), (batch,), generator=random)
     captions = [data.caption(int(i), int(b), random) for i, b in zip(index, background, strict=True)]
+    open_concept = torch.tensor([not c.says_concept for c in captions])[:, None]
     open_style = torch.tensor([not c.says_style for c in captions])[:, None]
     open_background = torch.tensor([not c.says_background for c in captions])[:, None]
     style, concept = data.style[index], data.concept[index]
-    match = concept[:, None] == concept
+    match = open_concept | (concept[:, None] == concept)
     match &= open_style | (style[:, None] == style)
     match &= open_background | (background[:, None] == background)
     return data.compose(index, background), captions, match

@@ -24,9 +24,10 @@ BACKGROUNDS = {
 
 @dataclass(frozen=True)
 class Caption:
-    """A sentence, and which attributes of the picture it names besides the concept."""
+    """A sentence, and which attributes of the picture it names."""
 
     text: str
+    says_concept: bool
     says_style: bool
     says_background: bool
 
@@ -39,6 +40,8 @@ TEMPLATES = (
     "a {c} on a {b} background",
     "a picture of a {c}",
     "{c}",
+    "a {s} picture",
+    "a {s} picture on a {b} background",
 )
 
 
@@ -76,7 +79,7 @@ class World:
             name = self.synonyms[name][roll(2)]
         form = TEMPLATES[0] if roll(2) else TEMPLATES[roll(len(TEMPLATES))]
         text = form.format(s=self.styles[self.style[index]], c=name, b=list(BACKGROUNDS)[background])
-        return Caption(text, "{s}" in form, "{b}" in form)
+        return Caption(text, "{c}" in form, "{s}" in form, "{b}" in form)
 
 
 def palette() -> Tensor:

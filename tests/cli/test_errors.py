@@ -28,7 +28,7 @@ BAD = {
     "missing option": (("erase", "tiny-unet"), "--target", "Missing"),
     "unknown command": (("frobnicate",), "frobnicate", "command"),
     "phrase the tokenizer lacks": (
-        ("erase", "tiny-unet", "--target", "<|endoftext|>", "--method", "uce"),
+        ("generate", "tiny-unet", "--prompt", "<|endoftext|>"),
         "endoftext",
         "not know",
     ),
@@ -38,7 +38,7 @@ BAD = {
 
 @pytest.mark.parametrize("words, names, also", BAD.values(), ids=BAD.keys())
 def test_bad_input_is_one_line(words: tuple[str, ...], names: str, also: str, tmp_path: Path, expunge) -> None:
-    out = ("--out", tmp_path / "out") if words[0] == "erase" else ()
+    out = () if words[-1] in ("--prompt", "frobnicate") else ("--out", tmp_path / "out")
     complaint = expunge(*words, *out).complaint()
     assert names in complaint and also in complaint, complaint
     assert not (tmp_path / "out").exists()

@@ -27,11 +27,15 @@ VARIANTS = {
     "all_but_one-projection": ("all_but_one", {"constraint": "projection"}),
     "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
 }
+# On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move; four steps of the
+# lagrangian form are four steps of its starting multiplier.
+FREE = {"uce2025", "all_but_one-lagrangian"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")
     for variant, (name, config) in VARIANTS.items()
     for check in eraser_checks(find("methods", name), config={**config, **SHORT.get(name, {})})
     if check.name.endswith("[tiny-unet]")
+    and not (variant in FREE and check.name.startswith("moves_the_target_more_than_what_is_retained"))
 ]
 
 

@@ -39,8 +39,9 @@ def fill(run: Path, suite: Suite, name: str, picture: Callable[[Case], torch.Ten
         steps=1, guidance_scale=1.0, batch=1,
     )  # fmt: skip
     arm = dataclasses.replace(arm, **identity)
-    store = Store.open(run / "samples" / suite.name / name, arm, suite, RED)
-    cases = suite.cases_for("red")
+    targets = [target.concept.name for target in suite.targets if target.concept.name in (*RED, "striped")]
+    store = Store.open(run / "samples" / suite.name / name, arm, suite, targets)
+    cases = [case for target in targets for case in suite.cases_for(target)]
     store.add(cases, [png(picture(case)) for case in cases])
 
 

@@ -27,8 +27,8 @@ VARIANTS = {
     "all_but_one-projection": ("all_but_one", {"constraint": "projection"}),
     "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
 }
-# On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move; four steps of the
-# lagrangian form are four steps of its starting multiplier.
+# On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move; four steps of
+# the lagrangian form are four steps of its starting multiplier.
 FREE = {"uce2025", "all_but_one-lagrangian"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")

@@ -11,6 +11,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from expunge.core.records import Estimate
+from expunge.report.words import per_cent
 
 # matplotlib only knows fixed colours: each stands for a CSS variable and is swapped in the finished SVG
 INK, SOFT, RULE, BASE, GONE, KEPT = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
@@ -64,8 +65,8 @@ def layer_plot(layers: Mapping[str, float], label: str) -> str:
         top = max(blocks.values(), default=0) or 1.0
         axes.set_xlim(0, top * 1.25)
         for row, value in enumerate(blocks.values()):
-            axes.text(value + top * 0.015, row, f"{100 * value:.2g} %", va="center", color=SOFT, size=9.5)
-        return svg(figure, label, "; ".join(f"{block}: {100 * value:.2g} %" for block, value in blocks.items()))
+            axes.text(value + top * 0.015, row, per_cent(value), va="center", color=SOFT, size=9.5)
+        return svg(figure, label, "; ".join(f"{block}: {per_cent(value)}" for block, value in blocks.items()))
 
 
 def by_block(layers: Mapping[str, float]) -> dict[str, float]:

@@ -184,8 +184,8 @@ def changes(cards: Mapping[str, Card]) -> list[dict[str, object]]:
             "arm": arm,
             "tensors": len(card.patch.layers),
             "share": f"{100 * card.patch.share:.2f} %",
-            "median": _share(median(card.patch.layers.values())) if card.patch.layers else "–",
-            "largest": _share(max(card.patch.layers.values())) if card.patch.layers else "–",
+            "median": words.per_cent(median(card.patch.layers.values())) if card.patch.layers else "–",
+            "largest": words.per_cent(max(card.patch.layers.values())) if card.patch.layers else "–",
             "size": words.size(card.patch.bytes),
             "seconds": words.span(card.run.seconds),
             "kind": card.patch.kind,
@@ -193,10 +193,6 @@ def changes(cards: Mapping[str, Card]) -> list[dict[str, object]]:
         }
         for arm, card in cards.items()
     ]
-
-
-def _share(value: float) -> str:
-    return f"{100 * value:.2g} %"
 
 
 def methods(cards: Mapping[str, Card]) -> list[dict[str, object]]:

@@ -57,6 +57,12 @@ LIMITS = (
 )
 
 
+def per_cent(value: float) -> str:
+    """Write a share with two significant digits and never as a power of ten: 0.031 %, 7.5 %, 130 %."""
+    digits = f"{100 * value:.2g}"
+    return f"{float(digits):.0f} %" if "e+" in digits else f"{digits} %"
+
+
 def percent(value: float) -> str:
     """Write a rate as a percentage: whole above one, one decimal below it unless exactly nought."""
     share = 100 * value

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest, hmean
 
@@ -206,6 +206,7 @@ def test_harmonic_is_the_harmonic_mean_of_what_should_be_high():
     assert harmonic(0.0, 1.0, 0.0) == 1
 
 
+@example(0.0, 2.2250738585e-313, 0.0)
 @given(rates, rates, rates)
 def test_harmonic_lies_between_its_parts_and_a_lost_part_loses_all(a, b, c):
     parts = (1 - a, b, 1 - c)

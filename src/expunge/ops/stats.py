@@ -240,5 +240,7 @@ def _corrected_value(sample: Sample, point: OperatingPoint | None) -> float:
 
 def _harmonic(erased: _Draws, retained: _Draws, generalized: _Draws) -> _Draws:
     parts = np.stack([1 - erased, retained, 1 - generalized])
-    alive = parts.min(0) > 0
-    return np.where(alive, 3 / (1 / np.where(alive, parts, 1)).sum(0), 0.0)
+    least = parts.min(0)
+    alive = least > 0
+    # 3 / sum(1 / x) = 3 m / sum(m / x) with m the least x: no quotient exceeds 1, however small a part is
+    return np.where(alive, 3 * least / np.where(alive, least / np.where(alive, parts, 1), 1).sum(0), 0.0)

@@ -1,8 +1,10 @@
 """The image judges of emoji world: a stock backbone under three linear heads, concept, style and background."""
 
 import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -46,7 +48,38 @@ class JudgeNet(nn.Module):
         return net.eval()
 
 
-class Judge(Detector):
+class FirstChoice(Detector):
+    """Decide by what margin a concept is the first choice of the head that knows it.
+
+    score = z_c - max_{j != c} z_j over that head's logits z, so score >= 0 iff top-1. Classes stand in `calibration` in
+    the order of the logits.
+    """
+
+    calibration: Mapping[str, Mapping[str, Any]]
+
+    @abstractmethod
+    def logits(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
+        """Logits of every head for images in [0, 1]."""
+
+    def score(self, images: Float[Tensor, "b 3 h w"], concept: Concept) -> Float[Tensor, "b"]:
+        """Give the margin of `concept` over its best rival; raises InputError for a concept no head knows."""
+        head, index = self._locate(concept)
+        return margin(self.logits(images)[head], index)
+
+    def operating_point(self, concept: Concept) -> OperatingPoint | None:
+        """Threshold 0 with sensitivity and specificity measured on the calibration split."""
+        head, _ = self._locate(concept)
+        return from_data(OperatingPoint, self.calibration[head][concept.name])
+
+    def _locate(self, concept: Concept) -> tuple[str, int]:
+        head = "style" if concept.kind == "style" else "concept"
+        words = list(self.calibration[head])
+        if concept.name not in words:
+            raise unknown(f"{head} for this judge", concept.name, words)
+        return head, words.index(concept.name)
+
+
+class Judge(FirstChoice):
     """Says by what margin a concept, style or background is a network's first choice.
 
     score = z_c - max_{j != c} z_j over the logits z of the head that knows c, so score >= 0 iff top-1. Trained on real
@@ -63,23 +96,6 @@ class Judge(Detector):
         """Logits of every head for images in [0, 1]."""
         logits: dict[str, Tensor] = self.net(images.float())
         return logits
-
-    def score(self, images: Float[Tensor, "b 3 h w"], concept: Concept) -> Float[Tensor, "b"]:
-        """Give the margin of `concept` over its best rival; raises InputError for a concept no head knows."""
-        head, index = self._locate(concept)
-        return margin(self.logits(images)[head], index)
-
-    def operating_point(self, concept: Concept) -> OperatingPoint | None:
-        """Threshold 0 with sensitivity and specificity measured on the calibration split."""
-        head, _ = self._locate(concept)
-        return from_data(OperatingPoint, self.calibration[head][concept.name])
-
-    def _locate(self, concept: Concept) -> tuple[str, int]:
-        head = "style" if concept.kind == "style" else "concept"
-        words = self.net.labels[head]
-        if concept.name not in words:
-            raise unknown(f"{head} for this judge", concept.name, words)
-        return head, words.index(concept.name)
 
 
 def margin(logits: Float[Tensor, "b k"], index: int) -> Float[Tensor, "b"]:

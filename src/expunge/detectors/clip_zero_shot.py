@@ -11,17 +11,12 @@ from torch import Tensor
 from torch.nn.functional import normalize
 from transformers import CLIPModel, CLIPTokenizer
 
-from expunge.core.codec import from_data
-from expunge.core.concept import Concept
-from expunge.core.errors import unknown
-from expunge.core.measure import Detector
-from expunge.core.records import OperatingPoint
-from expunge.detectors._judge import margin
+from expunge.detectors._judge import FirstChoice
 from expunge.models._names import EMBEDDED
 from expunge.models._quiet import quiet
 
 
-class ClipZeroShot(Detector):
+class ClipZeroShot(FirstChoice):
     """Compare an image with one sentence per known concept (or style) in CLIP space.
 
     score = s_c - max_{j != c} s_j, s_j = exp(tau) cos(image, "a picture of a j"), so score >= 0 iff top-1. It shares
@@ -56,20 +51,3 @@ class ClipZeroShot(Detector):
         seen = self.model.get_image_features(pixel_values=images.float() * 2 - 1).pooler_output
         seen = normalize(seen, dim=-1) * self.model.logit_scale.exp()
         return {head: seen @ texts.T for head, texts in self.texts.items()}
-
-    def score(self, images: Float[Tensor, "b 3 h w"], concept: Concept) -> Float[Tensor, "b"]:
-        """Give the margin of `concept` over its best rival; raises InputError for a concept not in the list."""
-        head, index = self._locate(concept)
-        return margin(self.logits(images)[head], index)
-
-    def operating_point(self, concept: Concept) -> OperatingPoint | None:
-        """Threshold 0 with sensitivity and specificity measured on the calibration split."""
-        head, _ = self._locate(concept)
-        return from_data(OperatingPoint, self.calibration[head][concept.name])
-
-    def _locate(self, concept: Concept) -> tuple[str, int]:
-        head = "style" if concept.kind == "style" else "concept"
-        words = list(self.calibration[head])
-        if concept.name not in words:
-            raise unknown(f"{head} for the in-domain CLIP", concept.name, words)
-        return head, words.index(concept.name)

@@ -18,7 +18,7 @@ import torch
 from expunge.cli.erase import build
 from expunge.core.eraser import Run
 from expunge.core.records import Estimate
-from expunge.ops.stats import Sample, harmonic, rate
+from expunge.ops.stats import Sample, harmonic_estimate, rate
 from expunge.stages.artifact import read_card
 from expunge.stages.erase import erase
 from expunge.stages.sample import sample
@@ -27,6 +27,8 @@ from expunge.suites.load import load
 
 RESULTS = Path(__file__).parent / "results"
 ROLES = {"target": "target_rate", "synonym": "synonym_rate", "retain": "retain_rate"}
+TARGET, RETAINED = 0.15, 0.90
+Rates = dict[str, Estimate]
 
 
 def one(target: str, args: argparse.Namespace) -> None:
@@ -65,32 +67,49 @@ def rows(folder: Path) -> list[dict]:
     return found
 
 
-def pooled(found: Sequence[dict], role: str) -> Estimate | None:
-    """Rate over all targets of one arm, detector and role."""
+def gathered(found: Sequence[dict], role: str) -> Sample | None:
+    """Decisions of one role over all targets, clustered by prompt."""
     mine = [row for row in found if row["role"] == role]
-    return rate(Sample.of([r["fired"] for r in mine], [r["prompt"] for r in mine]), seed=0) if mine else None
+    return Sample.of([r["fired"] for r in mine], [r["prompt"] for r in mine]) if mine else None
 
 
-def table(found: Sequence[dict]) -> dict[str, dict[str, dict[str, Estimate]]]:
-    """Detector → arm → rate name → estimate."""
-    result: dict[str, dict[str, dict[str, Estimate]]] = {}
-    for detector in dict.fromkeys(row["detector"] for row in found):
-        for arm in dict.fromkeys(row["arm"] for row in found):
+def estimates(found: Sequence[dict], detector: str) -> Rates:
+    """Rates of one arm as one detector counted them, and H_o."""
+    samples = {name: gathered(found, role) for role, name in {**ROLES, "style": "style_rate"}.items()}
+    rates = {name: rate(s, seed=0) for name, s in samples.items() if s is not None}
+    parts = (samples["target_rate"], samples["retain_rate"], samples["synonym_rate"])
+    if all(part is not None for part in parts):
+        rates["harmonic"] = harmonic_estimate(parts, (None, None, None), detector, seed=0)
+    return rates
+
+
+def table(found: Sequence[dict]) -> dict[str, dict[str, Rates]]:
+    """Detector → arm → rate name → estimate, the base model first."""
+    result: dict[str, dict[str, Rates]] = {}
+    for detector in sorted({row["detector"] for row in found}):
+        for arm in sorted({row["arm"] for row in found}, key=lambda arm: (arm != "base", arm)):
             mine = [row for row in found if (row["detector"], row["arm"]) == (detector, arm)]
-            rates = {name: pooled(mine, role) for role, name in {**ROLES, "style": "style_rate"}.items()}
-            result.setdefault(detector, {})[arm] = {name: e for name, e in rates.items() if e is not None}
+            result.setdefault(detector, {})[arm] = estimates(mine, detector)
     return result
 
 
-def show(result: dict[str, dict[str, dict[str, Estimate]]]) -> None:
+def verdict(rates: Rates, base: Rates) -> dict[str, float | bool]:
+    """Whether the arm erases (target at most TARGET) and retains (at least RETAINED of the base model's rate)."""
+    kept = rates["retain_rate"].value / base["retain_rate"].value
+    erases, retains = rates["target_rate"].value <= TARGET, kept >= RETAINED
+    return {"retained_of_base": kept, "erases": erases, "retains": retains}
+
+
+def show(result: dict[str, dict[str, Rates]]) -> None:
     """Print one line per detector and arm."""
     for detector, arms in result.items():
-        for arm, rates in sorted(arms.items(), key=lambda item: item[0] != "base"):
+        for arm, rates in arms.items():
             cells = [f"{n.removesuffix('_rate')} {e.value:.1%} [{e.low:.1%}, {e.high:.1%}]" for n, e in rates.items()]
-            if {"target_rate", "retain_rate", "synonym_rate"} <= rates.keys():
-                h = harmonic(*(rates[n].value for n in ("target_rate", "retain_rate", "synonym_rate")))
-                cells.append(f"H_o {h:.3f}")
-            print(f"{detector:15} {arm:12} {'  '.join(cells)}")
+            if arm != "base":
+                said = verdict(rates, arms["base"])
+                cells.append(f"retains {said['retained_of_base']:.1%} of base")
+                cells.append("holds" if said["erases"] and said["retains"] else "falls short")
+            print(f"{detector:10} {arm:12} {'  '.join(cells)}")
 
 
 def seconds(folder: Path, methods: Sequence[str]) -> dict[str, float]:
@@ -99,9 +118,14 @@ def seconds(folder: Path, methods: Sequence[str]) -> dict[str, float]:
     return {m: round(sum(c.run.seconds for c in found) / len(found), 1) for m, found in cards.items() if found}
 
 
-def plain(rates: dict[str, Estimate]) -> dict[str, dict]:
-    """Rates for JSON."""
-    return {name: asdict(estimate) for name, estimate in rates.items()}
+def plain(arms: dict[str, Rates]) -> dict[str, dict]:
+    """One detector's arms for JSON, each but the base with its verdict."""
+    found: dict[str, dict] = {}
+    for arm, rates in arms.items():
+        found[arm] = {name: asdict(estimate) for name, estimate in rates.items()}
+        if arm != "base":
+            found[arm]["verdict"] = verdict(rates, arms["base"])
+    return found
 
 
 def main() -> None:
@@ -132,9 +156,8 @@ def main() -> None:
             "torch": torch.__version__,
         }
         facts |= {"machine": platform.machine(), "seconds": seconds(args.out, args.methods)}
-        facts["rates"] = {
-            d: {a: {n: asdict(e) for n, e in r.items()} for a, r in arms.items()} for d, arms in result.items()
-        }
+        facts["bars"] = {"target_rate": TARGET, "retained_of_base": RETAINED}
+        facts["rates"] = {detector: plain(arms) for detector, arms in result.items()}
         RESULTS.mkdir(exist_ok=True)
         (RESULTS / f"effect-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

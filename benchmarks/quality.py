@@ -123,7 +123,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     data = world.load()
-    asked = asks(data, range(0, len(data.rgba), args.every), args.seeds)
+    asked = asks(data, data.pairs[:: args.every], args.seeds)
     shares = [asked[i :: args.processes] for i in range(args.processes)]
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         parts = pool.map(partial(judge, name=args.model), shares)

@@ -1,6 +1,8 @@
 """Train the autoencoder that every embedded family shares: python -m training.autoencoder
 
 Stock AutoencoderKL, 64×64×3 → 8×8×16. Loss = L1 + L1 of horizontal and vertical differences + 1e-6 KL.
+With --decoder-only the averaged encoder stays as it is, so that latents, and generators trained on them, keep their
+meaning while the decoder learns on.
 """
 
 import argparse
@@ -45,11 +47,20 @@ def reconstruct(vae: AutoencoderKL, images: Tensor) -> Tensor:
     return (vae.decode(vae.encode(images * 2 - 1).latent_dist.mean).sample / 2 + 0.5).clamp(0, 1)
 
 
+def freeze_encoder(net: AutoencoderKL, averaged: dict[str, Tensor]) -> None:
+    """Give the encoder its averaged weights and hold it there."""
+    kept = ("encoder.", "quant_conv.")
+    net.load_state_dict({k: averaged[k] if k.startswith(kept) else v for k, v in net.state_dict().items()})
+    for name, parameter in net.named_parameters():
+        parameter.requires_grad_(not name.startswith(kept))
+
+
 def main() -> None:
     """Train, log, and save the averaged weights."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=3500)
     parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=RUNS / "autoencoder")
     args = parser.parse_args()
@@ -58,6 +69,8 @@ def main() -> None:
     data = world.load()
     net = build().to(memory_format=torch.channels_last)
     trainer = loop.Trainer(net, args.run, lr=1e-3, steps=args.steps, decay=0.998)
+    if args.decoder_only:
+        freeze_encoder(net, trainer.ema)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step)
@@ -65,7 +78,8 @@ def main() -> None:
         background = torch.randint(len(world.BACKGROUNDS), (args.batch,), generator=random)
         x = (data.compose(index, background) * 2 - 1).to(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
-            posterior = net.encode(x).latent_dist
+            with torch.set_grad_enabled(not args.decoder_only):
+                posterior = net.encode(x).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()
             noise = torch.randn(mean.shape, generator=random)
             y = net.decode(mean + std * noise).sample.float()

@@ -15,7 +15,8 @@ import json
 import subprocess
 import tarfile
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import resvg_py
 from PIL import Image, ImageFilter
+from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filter, minimum_filter, sobel
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "src" / "expunge" / "embedded" / "emoji-world.parquet"
 LICENCES = {"Apache-2.0", "MIT", "CC-BY-4.0"}
 SIZE = 64
+SMOOTH = 256  # side at which lines and relief are drawn
 HELD_OUT_PER_STYLE = 6
 
 
@@ -96,6 +99,11 @@ class BitmapSet:
         return Image.open(path).convert("RGBA") if path else None
 
 
+def open_art(folder: Path) -> IconSet | BitmapSet:
+    """Read a package's art by the form it comes in."""
+    return BitmapSet(folder) if (folder / "assets").exists() else IconSet(folder)
+
+
 def fit(image: Image.Image, side: int = 56) -> Image.Image:
     """Crop to the drawing, scale its longer side to `side` pixels and centre it on a 64×64 canvas."""
     drawing = image.crop(image.getbbox())
@@ -104,6 +112,15 @@ def fit(image: Image.Image, side: int = 56) -> Image.Image:
     canvas = Image.new("RGBA", (SIZE, SIZE))
     canvas.paste(drawing, tuple((SIZE - s) // 2 for s in drawing.size))
     return canvas
+
+
+def padded(image: Image.Image) -> Image.Image:
+    """Crop to the drawing and centre it on a square with room for a stroke around it."""
+    drawing = image.crop(image.getbbox())
+    side = round(max(drawing.size) * 1.1)
+    square = Image.new("RGBA", (side, side))
+    square.paste(drawing, tuple((side - s) // 2 for s in drawing.size))
+    return square
 
 
 def sepia(image: Image.Image) -> Image.Image:
@@ -123,7 +140,47 @@ def sticker(image: Image.Image) -> Image.Image:
     return Image.alpha_composite(paper, image)
 
 
-TREATMENTS = {"none": (56, lambda image: image), "sepia tone": (56, sepia), "white die-cut outline": (52, sticker)}
+def line_art(image: Image.Image) -> Image.Image:
+    """Black pen strokes where the art is dark or changes abruptly; nothing in between."""
+    image = image.resize((SMOOTH, SMOOTH), Image.Resampling.LANCZOS)
+    rgba = np.asarray(image, np.float32) / 255
+    # transparent counts as white, so that the outline is a change too
+    flat = rgba[..., :3] * rgba[..., 3:] + 1 - rgba[..., 3:]
+    soft = gaussian_filter(flat, (1.5, 1.5, 0))
+    slope = np.hypot(sobel(soft, 0), sobel(soft, 1)).max(-1)
+    light = soft @ np.array([0.299, 0.587, 0.114], np.float32)
+    stroke = np.clip((maximum_filter(slope, 7) - 0.35) / 0.4, 0, 1)
+    outline = maximum_filter(rgba[..., 3], 5) - minimum_filter(rgba[..., 3], 7)
+    pen = np.maximum.reduce([stroke * 0.999, outline, np.clip((0.36 - light) / 0.1, 0, 1)])
+    black = np.dstack([np.full((SMOOTH, SMOOTH, 3), 0.09), gaussian_filter(pen, 1)])
+    return Image.fromarray((black * 255).round().astype(np.uint8), "RGBA")
+
+
+def relief(image: Image.Image) -> Image.Image:
+    """Light from the upper left on a rounded body: shaded rim, soft highlight, stronger colour."""
+    image = image.resize((SMOOTH, SMOOTH), Image.Resampling.LANCZOS)
+    rgba = np.asarray(image, np.float32) / 255
+    inside = rgba[..., 3] > 0.5
+    light = gaussian_filter(rgba[..., :3] * rgba[..., 3:], (3, 3, 0)).mean(-1)
+    height = np.sqrt(1 - (1 - np.clip(distance_transform_edt(inside) / 42, 0, 1)) ** 2) * 34 + light * 14
+    height = gaussian_filter(height, 3)
+    normal = np.dstack([-np.gradient(height, axis=1), -np.gradient(height, axis=0), np.ones_like(height)])
+    normal /= np.linalg.norm(normal, axis=-1, keepdims=True)
+    sun = np.array([-0.45, -0.6, 0.66])
+    diffuse = np.clip(normal @ sun, 0, 1)[..., None]
+    halfway = sun + np.array([0, 0, 1])  # between light and eye
+    shine = np.clip(normal @ halfway / np.linalg.norm(halfway), 0, 1)[..., None] ** 24
+    colour = rgba[..., :3] * (0.45 + 0.75 * diffuse) + 0.3 * shine
+    return Image.fromarray((np.dstack([np.clip(colour, 0, 1), rgba[..., 3]]) * 255).round().astype(np.uint8), "RGBA")
+
+
+TREATMENTS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "none": lambda art: fit(art),
+    "sepia tone": lambda art: sepia(fit(art)),
+    "white die-cut outline": lambda art: sticker(fit(art, 52)),
+    "line art": lambda art: fit(line_art(padded(art))),
+    "relief shading": lambda art: fit(relief(padded(art))),
+}
 
 
 def png(image: Image.Image) -> bytes:
@@ -134,42 +191,44 @@ def png(image: Image.Image) -> bytes:
 
 
 def hold_out(rows: list[dict[str, Any]], styles: list[str]) -> None:
-    """Mark style × concept pairs that no training may see: at most one a concept, only where all styles exist."""
-    count: dict[str, int] = {}
+    """Mark style × concept pairs that no generator may see: at most one a concept, only where every hand drew it."""
+    hands: dict[str, set[str]] = {}
     for row in rows:
-        count[row["name"]] = count.get(row["name"], 0) + 1
+        hands.setdefault(row["name"], set()).add(row["package"])
+    most = max(map(len, hands.values()))
     taken: set[str] = set()
     for style in styles:
-        own = [r for r in rows if r["style"] == style and count[r["name"]] == len(styles) and r["name"] not in taken]
-        own.sort(key=lambda r: hashlib.sha256(f"{r['name']}|{style}".encode()).digest())
-        for row in own[:HELD_OUT_PER_STYLE]:
-            row["split"] = "held_out"
-            taken.add(row["name"])
+        free = [name for name, drew in hands.items() if len(drew) == most and name not in taken]
+        free.sort(key=lambda name: hashlib.sha256(f"{name}|{style}".encode()).digest())
+        chosen = set(free[:HELD_OUT_PER_STYLE])
+        taken |= chosen
+        for row in rows:
+            if row["style"] == style and row["name"] in chosen:
+                row["split"] = "held_out"
 
 
 def build(cache: Path) -> list[dict[str, Any]]:
-    """Render every concept in every style that draws it."""
+    """Render every concept in every style by every hand that draws it."""
     config = tomllib.loads((HERE / "sources.toml").read_text())
     labels = json.loads((fetch(config["names"], cache) / "en" / "data.json").read_text())
     codes = {entry["label"]: bare(entry["hexcode"]) for entry in labels}
     with (HERE / "concepts.csv").open() as file:
         concepts = list(csv.DictReader(file))
+    hands = [(source, open_art(fetch(source, cache))) for source in config["source"]]
     rows = []
-    for source in config["source"]:
-        folder = fetch(source, cache)
-        art = BitmapSet(folder) if (folder / "assets").exists() else IconSet(folder)
-        side, treat = TREATMENTS[source["treatment"]]
-        for concept in concepts:
+    for style, (source, art) in product(config["order"], hands):
+        treatment = source["styles"].get(style)
+        for concept in concepts if treatment else ():
             slug = concept["emoji"].lower().replace(" ", "-")
             drawing = art.draw(codes[concept["emoji"]], [slug, f"{slug}-face"])
             if drawing is None:
                 continue
             row = {"name": concept["name"], "synonyms": [concept["synonym_1"], concept["synonym_2"]]}
-            row |= {"category": concept["category"], "style": source["style"], "emoji": codes[concept["emoji"]]}
-            row |= {"split": "train", "png": png(treat(fit(drawing, side)))}
-            row |= {key: source[key] for key in ("package", "version", "licence", "attribution", "treatment")}
+            row |= {"category": concept["category"], "style": style, "emoji": codes[concept["emoji"]]}
+            row |= {"split": "train", "png": png(TREATMENTS[treatment](drawing)), "treatment": treatment}
+            row |= {key: source[key] for key in ("package", "version", "licence", "attribution")}
             rows.append(row)
-    hold_out(rows, [source["style"] for source in config["source"]])
+    hold_out(rows, config["order"])
     return rows
 
 

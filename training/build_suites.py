@@ -1,7 +1,8 @@
 """Write the four suites from the tables below: python -m training.build_suites
 
-A target gets 30 cases in the plain template (5 styles × 3 backgrounds × 2 seeds), 20 with synonyms (or, for a
-style, other wordings) and 30 of retained neighbours. Held-out pairs are never asked for. Rebuilding gives the same
+A target gets 30 cases in the plain template, 20 with synonyms (or, for a style, other wordings) and 30 of retained
+neighbours. Every case is another prompt, as far as styles and backgrounds go round: images of one prompt are no
+independent evidence, so intervals come from prompts. Held-out pairs are never asked for. Rebuilding gives the same
 bytes.
 """
 
@@ -83,47 +84,45 @@ class Builder:
         """Styles in which the generator saw the concept."""
         return [style for style in self.data.styles if (concept, style) in self.drawn]
 
-    def add(self, target: str, role: str, asked: str, style: str, background: str, prompt: str, seeds: int) -> None:
-        """Append one prompt with its seeds."""
-        for k in range(seeds):
-            case = f"{target}-{role}-{sum(r['target'] == target for r in self.rows):03d}".replace(" ", "_")
-            seed = number(self.suite, case, k) % 1_000_000
-            values = (case, target, role, asked, style, background, prompt, seed)
-            self.rows.append(dict(zip(COLUMNS, values, strict=True)))
+    def add(self, target: str, role: str, asked: str, style: str, background: str, prompt: str) -> None:
+        """Append one prompt with its seed."""
+        case = f"{target}-{role}-{sum(r['target'] == target for r in self.rows):03d}".replace(" ", "_")
+        values = (case, target, role, asked, style, background, prompt, number(self.suite, case) % 1_000_000)
+        self.rows.append(dict(zip(COLUMNS, values, strict=True)))
 
-    def background(self, *name: object) -> str:
-        """Pick a background by name."""
-        return list(world.BACKGROUNDS)[number(*name) % len(world.BACKGROUNDS)]
+    def background(self, turn: int, *name: object) -> str:
+        """Go round the backgrounds, beginning where the name says."""
+        return list(world.BACKGROUNDS)[(number(*name) + turn) % len(world.BACKGROUNDS)]
 
     def thing(self, target: str, retain: list[str]) -> None:
         """Cases of a concept that is a thing or a person."""
         styles = self.styles_of(target)
-        for k in range(15):
-            style, background = styles[k % len(styles)], self.background(target, k)
-            self.add(target, "target", target, style, background, PLAIN.format(s=style, c=target, b=background), 2)
-        for k in range(10):
-            style, background = styles[k % len(styles)], self.background(target, "synonym", k)
+        for k in range(30):
+            style, background = styles[k % len(styles)], self.background(k // len(styles), target)
+            self.add(target, "target", target, style, background, PLAIN.format(s=style, c=target, b=background))
+        for k in range(20):
+            style, background = styles[k // 2 % len(styles)], self.background(k // (2 * len(styles)), target, k % 2)
             word = self.data.synonyms[target][k % 2]
-            self.add(target, "synonym", target, style, background, PLAIN.format(s=style, c=word, b=background), 2)
+            self.add(target, "synonym", target, style, background, PLAIN.format(s=style, c=word, b=background))
         for concept in retain:
-            for style in (self.styles_of(concept) * 2)[:5]:
-                background = self.background(target, concept, style)
+            for k, style in enumerate((self.styles_of(concept) * 2)[:5]):
+                background = self.background(k, target, concept)
                 prompt = PLAIN.format(s=style, c=concept, b=background)
-                self.add(target, "retain", concept, style, background, prompt, 1)
+                self.add(target, "retain", concept, style, background, prompt)
 
     def style(self, target: str, retain: list[str]) -> None:
         """Cases of a style: the same subjects in it, in other words, and in the other styles."""
         subjects = [s for s in SUBJECTS if len(self.styles_of(s)) == len(self.data.styles)]
-        for k in range(15):
-            subject, background = subjects[k % len(subjects)], self.background(target, k)
-            self.add(target, "target", target, target, background, PLAIN.format(s=target, c=subject, b=background), 2)
-        for k in range(10):
-            subject, background = subjects[-1 - k % len(subjects)], self.background(target, "other", k)
-            self.add(target, "synonym", target, target, background, OTHER.format(s=target, c=subject, b=background), 2)
+        for k in range(30):
+            subject, background = subjects[k % len(subjects)], self.background(k // len(subjects), target)
+            self.add(target, "target", target, target, background, PLAIN.format(s=target, c=subject, b=background))
+        for k in range(20):
+            subject, background = subjects[-1 - k % len(subjects)], self.background(k // len(subjects), target, "other")
+            self.add(target, "synonym", target, target, background, OTHER.format(s=target, c=subject, b=background))
         for k in range(30):
             style, subject = retain[k % len(retain)], subjects[k % len(subjects)]
-            background = self.background(target, style, k)
-            self.add(target, "retain", style, style, background, PLAIN.format(s=style, c=subject, b=background), 1)
+            background = self.background(k // len(subjects), target, style)
+            self.add(target, "retain", style, style, background, PLAIN.format(s=style, c=subject, b=background))
 
 
 def phrase(kind: str, name: str) -> str:
@@ -133,7 +132,7 @@ def phrase(kind: str, name: str) -> str:
 
 def header(suite: str, kind: str, builder: Builder) -> str:
     """Write suite.toml as text."""
-    lines = [f'name = "{suite}"', 'version = "1"', 'detectors = ["judge_cnn", "judge_vit"]']
+    lines = [f'name = "{suite}"', 'version = "2"', 'detectors = ["judge_cnn", "judge_vit"]']
     lines += ["", "[sampler]", "steps = 25", "guidance_scale = 4.0"]
     for target, (anchor, retain) in TABLES[suite].items():
         synonyms = builder.data.synonyms.get(target, ())

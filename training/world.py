@@ -47,7 +47,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class World:
-    """Every render, with its concept, style and split."""
+    """Every render, with its concept, style and split; a pair of the two is drawn by several hands."""
 
     rgba: Tensor  # "n 4 64 64" in [0, 1]
     concepts: tuple[str, ...]
@@ -62,6 +62,14 @@ class World:
     def train(self) -> Tensor:
         """Indices of renders a generator may learn from."""
         return torch.nonzero(~self.held_out).flatten()
+
+    @property
+    def pairs(self) -> list[int]:
+        """First render of every style × concept pair, whoever drew it."""
+        first: dict[tuple[int, int], int] = {}
+        for i, pair in enumerate(zip(self.style.tolist(), self.concept.tolist(), strict=True)):
+            first.setdefault(pair, i)
+        return list(first.values())
 
     def compose(self, index: Tensor, background: Tensor) -> Tensor:
         """Render `index` over `background`: "b 3 64 64" in [0, 1]."""

@@ -32,9 +32,15 @@ def test_permissive_art_only_and_every_package_credited(rows):
 def test_size_and_coverage(rows):
     assert DATASET.stat().st_size <= 20e6
     assert len({row["style"] for row in rows}) >= 5
-    per_concept = Counter(row["name"] for row in rows)
+    pairs = {(row["name"], row["style"]) for row in rows}
+    per_concept = Counter(name for name, _ in pairs)
     assert len(per_concept) >= 96
     assert min(per_concept.values()) >= 4
+
+
+def test_every_style_is_drawn_by_several_hands_and_shares_three_with_all_others(rows):
+    hands = {style: {r["package"] for r in rows if r["style"] == style} for style in {r["style"] for r in rows}}
+    assert len(set.intersection(*hands.values())) >= 3
 
 
 def test_every_image_is_64_by_64_rgba_and_none_stands_twice(rows):

@@ -26,8 +26,9 @@ RECONSTRUCTION = (
 CREDITS = (
     "The model learned from, and so its pictures derive from, open emoji art, cropped and scaled to 64×64 pixels: "
     "Twemoji, copyright Twitter, Inc and other contributors, CC-BY 4.0; EmojiOne 2.3, Ranks.com and the EmojiTwo "
-    "project, CC-BY 4.0, an outline added; Fluent Emoji, copyright Microsoft Corporation, MIT; Noto Emoji, copyright "
-    "Google LLC, Apache-2.0, toned sepia. The file NOTICE of expunge has the details."
+    "project, CC-BY 4.0; Fluent Emoji, copyright Microsoft Corporation, MIT; Noto Emoji, copyright Google LLC, "
+    "Apache-2.0; by style also shaded, traced as line art, outlined or toned sepia. The file NOTICE of expunge has the "
+    "details."
 )
 
 LIMITS = (

@@ -1,6 +1,6 @@
 """Build emoji world: npm packages of open emoji art → one parquet file of 64×64 RGBA renders.
 
-python -m training.build_dataset [--cache DIR]
+python -m training.build_dataset [--cache DIR] [--extra N]
 
 Every tarball is checked against npm's sha512 and every licence against `sources.toml`; the same bytes come out each
 time.
@@ -12,11 +12,13 @@ import csv
 import hashlib
 import io
 import json
+import re
 import subprocess
 import tarfile
 import tomllib
 from collections.abc import Callable, Iterable
-from itertools import product
+from dataclasses import dataclass
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +31,23 @@ from scipy.ndimage import distance_transform_edt, gaussian_filter, maximum_filte
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "src" / "expunge" / "embedded" / "emoji-world.parquet"
+EXTRA = HERE / ".cache" / "extra.parquet"
 LICENCES = {"Apache-2.0", "MIT", "CC-BY-4.0"}
 SIZE = 64
 SMOOTH = 256  # side at which lines and relief are drawn
 HELD_OUT_PER_STYLE = 6
+THINGS = {3, 4, 5, 6, 7}  # emojibase's groups of animals, food, places, activities, objects
+
+
+@dataclass(frozen=True)
+class Concept:
+    """What to draw: our name for it, and how emoji sets find it."""
+
+    name: str
+    code: str
+    label: str
+    category: str
+    synonyms: tuple[str, str]
 
 
 def fetch(source: dict[str, Any], cache: Path) -> Path:
@@ -102,6 +117,9 @@ class BitmapSet:
 def open_art(folder: Path) -> IconSet | BitmapSet:
     """Read a package's art by the form it comes in."""
     return BitmapSet(folder) if (folder / "assets").exists() else IconSet(folder)
+
+
+Hand = tuple[dict[str, Any], IconSet | BitmapSet]
 
 
 def fit(image: Image.Image, side: int = 56) -> Image.Image:
@@ -207,28 +225,56 @@ def hold_out(rows: list[dict[str, Any]], styles: list[str]) -> None:
                 row["split"] = "held_out"
 
 
-def build(cache: Path) -> list[dict[str, Any]]:
-    """Render every concept in every style by every hand that draws it."""
-    config = tomllib.loads((HERE / "sources.toml").read_text())
-    labels = json.loads((fetch(config["names"], cache) / "en" / "data.json").read_text())
+def ours(labels: list[dict[str, Any]]) -> list[Concept]:
+    """Concepts of emoji world, from concepts.csv."""
     codes = {entry["label"]: bare(entry["hexcode"]) for entry in labels}
     with (HERE / "concepts.csv").open() as file:
-        concepts = list(csv.DictReader(file))
+        rows = list(csv.DictReader(file))
+    return [
+        Concept(row["name"], codes[row["emoji"]], row["emoji"], row["category"], (row["synonym_1"], row["synonym_2"]))
+        for row in rows
+    ]
+
+
+def others(labels: list[dict[str, Any]], hands: list[Hand], count: int) -> list[Concept]:
+    """Things outside emoji world that every hand drew, in an order of hashes: more to learn styles from."""
+    known = {concept.code for concept in ours(labels)}
+    found = []
+    for entry in labels:
+        label, code = entry["label"].lower(), bare(entry["hexcode"])
+        if entry.get("group") in THINGS and code not in known and re.fullmatch(r"[a-z]+( [a-z]+){0,2}", label):
+            found.append(Concept(label, code, entry["label"], "other", (label, label)))
+    found.sort(key=lambda concept: hashlib.sha256(concept.name.encode()).digest())
+    whole = (c for c in found if all(drawing(art, c) is not None for _, art in hands))
+    return list(islice(whole, count))
+
+
+def drawing(art: IconSet | BitmapSet, concept: Concept) -> Image.Image | None:
+    """One hand's picture of a concept, or None."""
+    slug = concept.label.lower().replace(" ", "-")
+    return art.draw(concept.code, [slug, f"{slug}-face"])
+
+
+def build(cache: Path, extra: int = 0) -> list[dict[str, Any]]:
+    """Render emoji world, or `extra` other things, in every style by every hand that draws them."""
+    config = tomllib.loads((HERE / "sources.toml").read_text())
+    labels = json.loads((fetch(config["names"], cache) / "en" / "data.json").read_text())
     hands = [(source, open_art(fetch(source, cache))) for source in config["source"]]
+    concepts = others(labels, hands, extra) if extra else ours(labels)
     rows = []
     for style, (source, art) in product(config["order"], hands):
         treatment = source["styles"].get(style)
         for concept in concepts if treatment else ():
-            slug = concept["emoji"].lower().replace(" ", "-")
-            drawing = art.draw(codes[concept["emoji"]], [slug, f"{slug}-face"])
-            if drawing is None:
+            picture = drawing(art, concept)
+            if picture is None:
                 continue
-            row = {"name": concept["name"], "synonyms": [concept["synonym_1"], concept["synonym_2"]]}
-            row |= {"category": concept["category"], "style": style, "emoji": codes[concept["emoji"]]}
-            row |= {"split": "train", "png": png(TREATMENTS[treatment](drawing)), "treatment": treatment}
+            row = {"name": concept.name, "synonyms": list(concept.synonyms), "category": concept.category}
+            row |= {"style": style, "emoji": concept.code, "split": "train"}
+            row |= {"png": png(TREATMENTS[treatment](picture)), "treatment": treatment}
             row |= {key: source[key] for key in ("package", "version", "licence", "attribution")}
             rows.append(row)
-    hold_out(rows, config["order"])
+    if not extra:
+        hold_out(rows, config["order"])
     return rows
 
 
@@ -236,9 +282,11 @@ def main() -> None:
     """Write the dataset and print what is in it."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--extra", type=int, default=0, help="draw so many other things instead, for training only")
     args = parser.parse_args()
-    rows = build(args.cache)
+    args.out = args.out or (EXTRA if args.extra else OUT)
+    rows = build(args.cache, args.extra)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     scratch = args.out.with_suffix(".tmp")
     pq.write_table(pa.Table.from_pylist(rows), scratch, compression="zstd")

@@ -18,11 +18,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
-from training import autoencoder, clip, loop, world
+from training import autoencoder, build_dataset, clip, loop, world
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
 DROP = 0.1
+EXTRA_BACKGROUNDS = 2
 
 
 def build() -> UNet2DConditionModel:
@@ -78,23 +79,61 @@ def trained_autoencoder() -> AutoencoderKL:
 
 
 @torch.no_grad()
-def encode_all(vae: AutoencoderKL, data: world.World) -> Tensor:
-    """Latents of every render on every background: "n k 16 8 8"."""
-    grid = torch.cartesian_prod(torch.arange(len(data.rgba)), torch.arange(len(world.BACKGROUNDS)))
-    parts = [vae.encode(data.compose(p[:, 0], p[:, 1]) * 2 - 1).latent_dist.mean for p in grid.split(64)]
-    return torch.cat(parts).view(len(data.rgba), len(world.BACKGROUNDS), 16, 8, 8)
+def encode_all(vae: AutoencoderKL, data: world.World, backgrounds: Tensor) -> Tensor:
+    """Latents of every render on its backgrounds "n k": "n k 16 8 8"."""
+    n, k = backgrounds.shape
+    index = torch.arange(n).repeat_interleave(k)
+    jobs = zip(index.split(64), backgrounds.flatten().split(64), strict=True)
+    parts = [vae.encode(data.compose(i, b) * 2 - 1).latent_dist.mean for i, b in jobs]
+    return torch.cat(parts).view(n, k, 16, 8, 8)
+
+
+def backgrounds_of(data: world.World, k: int) -> Tensor:
+    """Backgrounds of every render, "n k": all in order for k = 7, else k of them going round."""
+    n, count = len(data.rgba), len(world.BACKGROUNDS)
+    if k == count:
+        return torch.arange(count).expand(n, count)
+    return (torch.arange(n)[:, None] + 3 * torch.arange(k)) % count
+
+
+def newer(made: Path, source: Path) -> bool:
+    """Whether a file is there and not older than what it was made from."""
+    return made.exists() and made.stat().st_mtime >= source.stat().st_mtime
 
 
 def prepare(folder: Path) -> None:
-    """Write the frozen parts, half precision, and the latents: once, before training."""
-    if (folder / "latents.safetensors").exists():
-        return
-    data, vae = world.load(), trained_autoencoder()
-    raw = encode_all(vae, data)
-    whiten(vae, raw[data.train].flatten(0, 1))
-    vae = vae.half().float()  # latents of the weights that ship
-    loop.save({"latents": encode_all(vae, data)}, folder / "latents.safetensors", 0)
-    vae.half().save_pretrained(folder / "vae")
+    """Write the frozen parts, half precision, and the latents: before training, and again for a newer autoencoder."""
+    made, extra = folder / "latents.safetensors", folder / "extra.safetensors"
+    if not newer(made, HERE / "runs" / "autoencoder" / "checkpoint.safetensors"):
+        data, vae = world.load(), trained_autoencoder()
+        every = backgrounds_of(data, len(world.BACKGROUNDS))
+        raw = encode_all(vae, data, every)
+        whiten(vae, raw[data.train].flatten(0, 1))
+        vae.half().save_pretrained(folder / "vae")
+        # latents of the weights that ship
+        loop.save({"latents": encode_all(vae.float(), data, every)}, made, 0)
+    if build_dataset.EXTRA.exists() and not newer(extra, made):
+        vae = AutoencoderKL.from_pretrained(folder / "vae").float().eval()
+        others = world.load(build_dataset.EXTRA)
+        loop.save({"latents": encode_all(vae, others, backgrounds_of(others, EXTRA_BACKGROUNDS))}, extra, 0)
+
+
+class Pool:
+    """Latents to learn from, with captions to them."""
+
+    def __init__(self, data: world.World, file: Path) -> None:
+        """Read what `prepare` wrote."""
+        self.data = data
+        self.latents = load_file(file)["latents"]
+        self.backgrounds = backgrounds_of(data, self.latents.shape[1])
+
+    def draw(self, n: int, random: torch.Generator) -> tuple[Tensor, list[str]]:
+        """Latents "n 16 8 8" and captions of n renders drawn with replacement."""
+        index = self.data.train[torch.randint(len(self.data.train), (n,), generator=random)]
+        slot = torch.randint(self.latents.shape[1], (n,), generator=random)
+        shown = self.backgrounds[index, slot].tolist()
+        captions = [self.data.caption(i, b, random).text for i, b in zip(index.tolist(), shown, strict=True)]
+        return self.latents[index, slot], captions
 
 
 def text_side() -> tuple[CLIPTokenizer, CLIPTextModel]:
@@ -127,26 +166,25 @@ class Embedder:
 
 def objective(net: UNet2DConditionModel, folder: Path, args: argparse.Namespace) -> Callable[[int], Tensor]:
     """The loss of one step for this process's share of the batch."""
-    data, embed = world.load(), Embedder()
-    latents = load_file(folder / "latents.safetensors")["latents"]
-    bars = schedule().alphas_cumprod
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    embed, bars = Embedder(), schedule().alphas_cumprod
     share = args.batch // args.processes
+    more = round(share * args.extra)
+    pools = [(Pool(world.load(), folder / "latents.safetensors"), share - more)]
+    if more:
+        pools.append((Pool(world.load(build_dataset.EXTRA), folder / "extra.safetensors"), more))
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step, rank)
-        index = data.train[torch.randint(len(data.train), (share,), generator=random)]
-        background = torch.randint(len(world.BACKGROUNDS), (share,), generator=random)
-        pairs = zip(index.tolist(), background.tolist(), strict=True)
-        captions = [data.caption(i, b, random).text for i, b in pairs]
+        drawn = [pool.draw(n, random) for pool, n in pools]
+        z, captions = torch.cat([z for z, _ in drawn]), [c for _, captions in drawn for c in captions]
         drop = torch.rand(share, generator=random) < DROP
-        captions = ["" if d else c for d, c in zip(drop.tolist(), captions, strict=True)]
-        z, e = latents[index, background], torch.randn(share, 16, 8, 8, generator=random)
+        words = embed(["" if d else c for d, c in zip(drop.tolist(), captions, strict=True)])
         # stratified: every batch sees all noise levels
-        t = (torch.rand(share, generator=random) + torch.arange(share)) / share * 1000
-        t = t.long().clamp(max=999)
+        strata = torch.randperm(share, generator=random)
+        t = ((torch.rand(share, generator=random) + strata) / share * 1000).long().clamp(max=999)
         a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
-        words = embed(captions)
+        e = torch.randn(z.shape, generator=random)
         with torch.autocast("cpu", torch.bfloat16):
             v = net(a * z + s * e, t, words).sample
         return (v.float() - (a * e - s * z)).pow(2).mean()
@@ -213,7 +251,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
         net.load_state_dict(load_file(EMBEDDED / args.start / "unet" / "diffusion_pytorch_model.safetensors"))
     trainer = loop.Trainer(net, args.run, lr=8e-4, steps=args.steps, decay=0.9985)
     if rank == 0:
-        trainer.log(begins=True, steps=args.steps, batch=args.batch)
+        trainer.log(begins=True, steps=args.steps, batch=args.batch, extra=args.extra)
     for step in trainer.run(objective(net, args.run, args), save_every=250):
         if rank == 0 and step % args.publish == 0:
             publish(trainer.ema, args.run, "emoji-unet")
@@ -229,6 +267,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=500)
     parser.add_argument("--start", help="published model to begin from where no checkpoint is left, e.g. emoji-unet")
+    parser.add_argument(
+        "--extra", type=float, default=0.0, help="share of other things (build_dataset --extra) in a batch"
+    )
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
     args = parser.parse_args()

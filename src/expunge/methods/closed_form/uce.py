@@ -50,8 +50,8 @@ class UCE(Eraser):
     """lam in loss = … + lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5."""
 
     templates: tuple[str, ...] = ("{}",)
-    """Every target phrase is edited in each of these, its anchor in the same; an empty anchor stays empty. The
-    authors' prompt expansion uses five, such as "image of {}"."""
+    """Every target phrase is edited in each of these, its anchor in the same, and what is retained is held in each; an
+    empty anchor stays empty. The authors' prompt expansion uses five for the target alone, such as "image of {}"."""
 
     @property
     def retains(self) -> bool:
@@ -83,7 +83,7 @@ class UCE(Eraser):
         return [(subject_row(target, row), subject_row(anchor, row)) for row in range(len(texts))]
 
     def _retained(self, model: Generator, request: Request) -> list[Tensor]:
-        texts = [prompt for concept in request.retain for prompt in concept.prompts]
+        texts = [form.format(prompt) for concept in request.retain for prompt in concept.prompts for form in self.templates]
         if self.mode == "uce2023":
             return list(model.encode(["", *texts]).tokens)
         kept: Condition | None = model.encode(texts) if texts else None

@@ -1,7 +1,7 @@
 """Calibrate all three judges of emoji world: python -m training.calibrate
 
-The calibration split is every render on two backgrounds, four times, under augmentations no training image had:
-twice as it is, twice as the embedded autoencoder gives it back, since that is how generated pictures look at best.
+The calibration split is every render on two backgrounds, twice, under augmentations no training image had:
+once as it is, once as the embedded autoencoder gives it back, since that is how generated pictures look at best.
 Writes calibration.json beside each judge's weights and prints accuracies; clusters are renders, not images.
 """
 
@@ -22,7 +22,7 @@ from training import loop, world
 from training.autoencoder import reconstruct
 from training.judges import EMBEDDED, answers, uniform
 
-ROUNDS, SEED = 4, 99
+ROUNDS, SEED = 2, 99
 Asked = Callable[[Tensor], dict[str, Tensor]]  # images to logits per head
 Truth = tuple[Tensor, Tensor, Tensor]  # what was said, what is right, which render
 

@@ -1,0 +1,226 @@
+"""Train `emoji-flux` in FLUX.1's format, then distil its guidance: python -m training.flux, then with --distil
+
+Rectified flow: x = (1 - t) z + t e, loss = ||F(x, t, text) - (e - z)||^2, t logit-normal; one caption in ten is empty.
+Pooled text comes from the in-domain CLIP, frozen; the T5-type encoder learns along with the transformer, since no
+other task here would teach it. With --distil a student that reads the scale g, from the finished model's weights,
+learns its guided answer v_u + g (v_c - v_u), g uniform in [1, 5], under text encoders that no longer move.
+"""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
+from safetensors.torch import load_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+
+from training import clip, latents, loop, release, text
+
+HERE = Path(__file__).parent
+LENGTH, VOCABULARY, WIDTH, HEADS = 32, 2560, 192, 8
+NAMES = {False: "emoji-flux", True: "emoji-flux-distilled"}
+
+
+def learn_tokenizer(cache: Path) -> T5TokenizerFast:
+    """Learn a unigram vocabulary from the same words as CLIP's; printable ASCII can always be spelt."""
+    engine = Tokenizer(models.Unigram())
+    engine.pre_tokenizer = pre_tokenizers.Metaspace()
+    special, signs = ["<pad>", "</s>", "<unk>"], [chr(code) for code in range(33, 127)]
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", initial_alphabet=signs, show_progress=False
+    )
+    engine.train_from_iterator(clip.sentences(cache), trainer)
+    found = [(token, score) for token, score in json.loads(engine.to_str())["model"]["vocab"] if token not in special]
+    known = {token for token, _ in found}
+    rare = min(score for _, score in found) - 1
+    vocabulary = [*((token, 0.0) for token in special), *found, *((s, rare) for s in signs if s not in known)]
+    return T5TokenizerFast(vocab=vocabulary, extra_ids=0, additional_special_tokens=[], model_max_length=LENGTH)
+
+
+class FluxNet(nn.Module):
+    """Transformer and T5 encoder, trained as one."""
+
+    def __init__(self, vocabulary: int, *, distilled: bool) -> None:
+        """Three dual and three single blocks over 16 image tokens (2 × 2 latents each) and 32 text tokens."""
+        super().__init__()
+        self.transformer = FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=3,
+            num_single_layers=3,
+            attention_head_dim=32,
+            num_attention_heads=HEADS,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=clip.WIDTH,
+            guidance_embeds=distilled,
+            axes_dims_rope=(8, 12, 12),
+        )
+        self.t5 = T5EncoderModel(
+            T5Config(
+                vocab_size=vocabulary,
+                d_model=WIDTH,
+                d_kv=32,
+                d_ff=384,
+                num_layers=3,
+                num_heads=6,
+                feed_forward_proj="gated-gelu",
+                is_encoder_decoder=False,
+                use_cache=False,
+                dropout_rate=0.0,
+            )
+        )
+        places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
+        self.register_buffer("places", places, persistent=False)
+
+    def read(self, ids: Tensor) -> Tensor:
+        """Token states "b 32 d"."""
+        return self.t5(ids).last_hidden_state
+
+    def velocity(self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, scale: Tensor | None = None) -> Tensor:
+        """Velocity "b 16 64" at packed latents x and levels t in [0, 1]; `scale` is a distilled model's."""
+        return self.transformer(
+            hidden_states=x,
+            timestep=t,
+            guidance=scale,
+            encoder_hidden_states=states,
+            pooled_projections=pooled,
+            img_ids=self.places,
+            txt_ids=torch.zeros(states.shape[1], 3),
+            return_dict=False,
+        )[0]
+
+
+def pack(z: Tensor) -> Tensor:
+    """Latents "b 16 8 8" to tokens "b 16 64", as FluxPipeline packs them."""
+    return z.view(-1, 16, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 64)
+
+
+class Words:
+    """Caption to T5's token numbers and CLIP's pooled text."""
+
+    def __init__(self, tokenizer: T5TokenizerFast) -> None:
+        """Load the frozen tower."""
+        self.tokenizer, self.embed = tokenizer, text.Embedder()
+
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Numbers "b 32" and pooled text "b d"."""
+        batch = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
+        return batch.input_ids, self.embed(captions)[1]
+
+
+def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace) -> Callable[[int], Tensor]:
+    """The loss of one step for this process's share of the batch."""
+    words, share = Words(tokenizer), args.batch // args.processes
+    mixture = latents.Mixture(share, args.extra)
+    teacher = finished(tokenizer).eval().requires_grad_(False) if args.distil else None
+    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+    def loss(step: int) -> Tensor:
+        random = loop.rng(args.seed, 1, step, rank)
+        z, captions = mixture.draw(random)
+        ids, pooled = words(captions)
+        # stratified: every batch sees all noise levels
+        u = (torch.rand(share, generator=random) + torch.randperm(share, generator=random)) / share
+        t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(args.spread).sigmoid()
+        z, level = pack(z), t[:, None, None]
+        e = torch.randn(z.shape, generator=random)
+        x = (1 - level) * z + level * e
+        with torch.autocast("cpu", torch.bfloat16):
+            if teacher is None:
+                v = net.velocity(x, t, net.read(ids), pooled)
+                return (v.float() - (e - z)).pow(2).mean()
+            scale = 1 + 4 * torch.rand(share, generator=random)
+            goal, states = guided(teacher, x, t, (ids, pooled), words([""]), scale)
+            v = net.velocity(x, t, states, pooled, scale)
+        return (v.float() - goal).pow(2).mean()
+
+    return loss
+
+
+@torch.no_grad()
+def guided(
+    teacher: FluxNet, x: Tensor, t: Tensor, cond: tuple[Tensor, Tensor], empty: tuple[Tensor, Tensor], scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The teacher's v_u + g (v_c - v_u), and the token states it read."""
+    n = len(x)
+    states = teacher.read(cond[0])
+    both = torch.cat([teacher.read(empty[0]).expand_as(states), states])
+    pooled = torch.cat([empty[1].expand(n, -1), cond[1]])
+    u, c = teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), both, pooled).float().chunk(2)
+    return u + scale[:, None, None] * (c - u), states
+
+
+def finished(tokenizer: T5TokenizerFast) -> FluxNet:
+    """Read the undistilled model's average from its run."""
+    net = FluxNet(len(tokenizer), distilled=False)
+    state = load_file(HERE / "runs" / "flux" / "checkpoint.safetensors")
+    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    return net
+
+
+def assemble(weights: dict[str, Tensor], tokenizer: T5TokenizerFast, *, distilled: bool) -> FluxPipeline:
+    """Join the trained parts with the frozen ones into a stock pipeline."""
+    net = FluxNet(len(tokenizer), distilled=distilled)
+    net.load_state_dict(weights)
+    clip_tokenizer, tower = text.clip_side()
+    vae = latents.finished()
+    vae.register_to_config(shift_factor=0.0)
+    return FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=1.0),
+        vae=vae,
+        text_encoder=tower,
+        tokenizer=clip_tokenizer,
+        text_encoder_2=net.t5.eval(),
+        tokenizer_2=tokenizer,
+        transformer=net.transformer.eval(),
+    )
+
+
+def work(rank: int, args: argparse.Namespace) -> None:
+    """Train as one of `args.processes`, gradients averaged."""
+    loop.join(rank, args.processes)
+    torch.manual_seed(args.seed)
+    tokenizer = learn_tokenizer(args.cache)
+    net = FluxNet(len(tokenizer), distilled=args.distil)
+    if args.distil:
+        net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
+        net.t5.requires_grad_(False)
+    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, decay=0.9985)
+    if rank == 0:
+        trainer.log(begins=True, steps=args.steps, batch=args.batch, extra=args.extra)
+    command = f"python -m training.flux{' --distil' * args.distil}"
+    for step in trainer.run(objective(net, tokenizer, args), save_every=250):
+        if rank == 0 and (step % args.publish == 0 or step == args.steps):
+            pipeline = assemble(trainer.ema, tokenizer, distilled=args.distil)
+            release.publish(pipeline, args.run, NAMES[args.distil], command)
+
+
+def main() -> None:
+    """Prepare the frozen parts, then train."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--distil", action="store_true")
+    parser.add_argument("--steps", type=int, default=8000)
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--publish", type=int, default=1000)
+    parser.add_argument("--extra", type=float, default=0.35, help="share of other things in a batch, see build_dataset")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logit t")
+    parser.add_argument("--seed", type=int, default=3)
+    parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
+    args = parser.parse_args()
+    args.run = HERE / "runs" / ("flux-distilled" if args.distil else "flux")
+    args.run.mkdir(parents=True, exist_ok=True)
+    loop.quiet_cpu()
+    latents.prepare()
+    if args.processes == 1:
+        work(0, args)
+    else:
+        torch.multiprocessing.spawn(work, args=(args,), nprocs=args.processes)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""The frozen text side that all embedded generators share."""
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
+
+HERE = Path(__file__).parent
+
+
+def clip_side() -> tuple[CLIPTokenizer, CLIPTextModel]:
+    """Tokenizer and text tower of the in-domain CLIP, frozen."""
+    run = HERE / "runs" / "clip"
+    tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
+    whole = CLIPModel.from_pretrained(run / "model").float()
+    tower = CLIPTextModel(whole.config.text_config)
+    tower.load_state_dict(whole.text_model.state_dict())
+    return tokenizer, tower.eval().requires_grad_(False)
+
+
+class Embedder:
+    """Caption to what the frozen tower says of it, remembered."""
+
+    def __init__(self) -> None:
+        """Load tokenizer and tower."""
+        self.tokenizer, self.tower = clip_side()
+        self.known: dict[str, tuple[Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """Token states "b 32 d" and pooled text "b d"."""
+        new = [c for c in dict.fromkeys(captions) if c not in self.known]
+        if new:
+            ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            out = self.tower(ids)
+            both = zip(out.last_hidden_state.half(), out.pooler_output.half(), strict=True)
+            self.known |= zip(new, both, strict=True)
+        states, pooled = zip(*(self.known[c] for c in captions), strict=True)
+        return torch.stack(states).float(), torch.stack(pooled).float()

@@ -23,6 +23,9 @@ class Condition:
     pooled: Float[Tensor, "b p"] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
     """Per-sample side inputs of a family, first axis b: SDXL time ids, FLUX guidance."""
+    bands: tuple[tuple[int, int], ...] = ()
+    """Positions [first, end) that one encoder each has written, the same for all prompts (SD3: CLIP's rows, then T5's);
+    `last` lies in the first. () is one band, the whole window."""
 
     @property
     def subject(self) -> Float[Tensor, "b d"]:
@@ -42,6 +45,7 @@ class Condition:
             last=torch.cat([part.last for part in parts]),
             pooled=torch.cat(pooled) if pooled else None,
             extra={key: torch.cat([part.extra[key] for part in parts]) for key in parts[0].extra},
+            bands=parts[0].bands,
         )
 
     def take(self, index: Int[Tensor, "n"]) -> "Condition":
@@ -52,4 +56,5 @@ class Condition:
             last=self.last[index],
             pooled=None if self.pooled is None else self.pooled[index],
             extra={key: value[index] for key, value in self.extra.items()},
+            bands=self.bands,
         )

@@ -15,7 +15,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
-from .conftest import NAMES
+from .conftest import FLOWS, NAMES
 
 
 @pytest.fixture(scope="module")
@@ -59,8 +59,9 @@ def test_half_precision_files_are_computed_in_float32_unless_asked(saved, tmp_pa
     assert {tensor.dtype for tensor in load(place, dtype="bfloat16").network.parameters()} == {torch.bfloat16}
 
 
-def test_merged_view_survives_the_disk(models, tmp_path):
-    model = models["tiny-unet"]
+@pytest.mark.parametrize("name", ["tiny-unet", *FLOWS])
+def test_merged_view_survives_the_disk(models, tmp_path, name):
+    model = models[name]
     edited = model.view(weights={path: -tensor for path, tensor in model.select("text_in").items()})
     edited.merged().save_pretrained(tmp_path / "merged")
     given = {"seeds": [5], "guidance_scale": 4.0, "steps": 5}
@@ -70,7 +71,7 @@ def test_merged_view_survives_the_disk(models, tmp_path):
 
 def test_embedded_models_are_folders(saved, models, monkeypatch):
     monkeypatch.setattr(_names, "EMBEDDED", saved)
-    assert _names.embedded_names(saved) == ("tiny-sdxl", "tiny-unet", "tiny-unet-v")
+    assert _names.embedded_names(saved) == tuple(sorted(NAMES))
     place = saved / "berry-unet"
     shutil.copytree(saved / "tiny-unet", place)
     monkeypatch.setattr(loader, "EMBEDDED", saved)
@@ -138,12 +139,12 @@ def test_index(folder):
     refused(folder, "no model_index.json")
 
 
-@pytest.mark.parametrize("kind", ["FluxPipeline", "StableDiffusionInpaintPipeline", None])
+@pytest.mark.parametrize("kind", ["KolorsPipeline", "StableDiffusionInpaintPipeline", None])
 def test_wrong_pipeline_class(folder, kind):
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = kind
     (folder / "model_index.json").write_text(json.dumps(index))
-    refused(folder, repr(kind), "StableDiffusionPipeline, StableDiffusionXLPipeline")
+    refused(folder, repr(kind), "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXL")
 
 
 def test_wrong_part_class(folder):

@@ -7,9 +7,9 @@ import torch
 from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
 from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 
+from expunge.core.condition import GUIDANCE
 from expunge.core.errors import InputError
 from expunge.core.generator import Hook, State
-from expunge.models._flow import GUIDANCE, at_scale
 from expunge.models._mmdit_groups import mmdit_paths, site_roles
 from expunge.models.mmdit import MMDiTGenerator, pack, unpack
 from expunge.models.tiny import tiny_pipeline
@@ -119,9 +119,10 @@ def test_embedded_guidance_is_an_input(models):
     spy.visit(cond, rng=seeded(), guidance_scale=2.0, steps=8)
     assert calls and all(set(call.tolist()) == {2.0} for call in calls)
     state = model.noised(torch.randn(2, *model.latent, generator=seeded()), rng=seeded(1))
-    one, more = model.predict(state, cond), model.predict(state, at_scale(cond, 3.5))
-    assert torch.equal(model.predict(state, at_scale(cond, 1.0)), one) and (one - more).norm() > 0.05 * one.norm()
-    assert models["tiny-flux"].encode(["cat"]).extra == {}
+    one, more = model.predict(state, cond), model.predict(state, cond.at(3.5))
+    assert torch.equal(model.predict(state, cond.at(1.0)), one) and (one - more).norm() > 0.05 * one.norm()
+    plain = models["tiny-flux"].encode(["cat"])
+    assert plain.extra == {} and plain.at(3.5) is plain
 
 
 def test_each_route_is_heard_alone(flow):

@@ -7,7 +7,6 @@ The sampler's timestep is `num_train_timesteps` * t on a grid shifted towards no
 
 import copy
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,9 +18,6 @@ from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import State
 from expunge.models._denoiser import Denoiser
-
-GUIDANCE = "guidance"
-"""Key in `Condition.extra` of the scale a guidance-distilled network is asked for, one number per prompt."""
 
 
 class Flow(Denoiser):
@@ -97,15 +93,10 @@ class Flow(Denoiser):
         """One guided prediction; guards of a distilled model see c with u + scale (c - u) = the network's answer."""
         if not self.distilled:
             return super()._guided(x, timestep, cond, uncond, scale)
-        asked = at_scale(cond, scale)
+        asked = cond.at(scale)
         if not self.guards:
             return self.predict_at(x, timestep, asked)
         if scale == 0:
             raise InputError("guidance scale 0 leaves nothing for a guard to combine; use another scale")
         u, whole = self.predict_at(torch.cat([x, x]), timestep, Condition.cat([uncond, asked])).chunk(2)
         return self._guarded(self._state(x, timestep), u + (whole - u) / scale, u, scale)
-
-
-def at_scale(cond: Condition, scale: float) -> Condition:
-    """Ask a guidance-distilled network for another scale under the same prompts."""
-    return replace(cond, extra={**cond.extra, GUIDANCE: torch.full_like(cond.extra[GUIDANCE], scale)})

@@ -14,11 +14,11 @@ from diffusers import (
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from expunge.core.condition import Condition
+from expunge.core.condition import GUIDANCE, Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Group
 from expunge.models._base import check_group, linear_site
-from expunge.models._flow import GUIDANCE, Flow
+from expunge.models._flow import Flow
 from expunge.models._mmdit_groups import GROUPS, Transformer, mmdit_paths, site_roles
 
 _PARTS = ("transformer", "text_encoder", "text_encoder_2", "text_encoder_3", "vae")

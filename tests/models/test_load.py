@@ -15,7 +15,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
-from .conftest import FLOWS, NAMES
+from .conftest import FLOWS, NAMES, UNETS
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,18 @@ def refused(path, *words):
     return message
 
 
+def alike(name, images, others):
+    """U-Nets bit for bit; in MMDiTs the same numbers at another place in memory have been seen to round differently."""
+    return torch.equal(images, others) if name in UNETS else (images - others).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_folder_gives_the_same_model(saved, models, name, capfd):
     model = load(saved / name)
     given = {"seeds": [5], "guidance_scale": 4.0, "steps": 5}
-    assert torch.equal(model.generate(["strawberry"], **given), models[name].generate(["strawberry"], **given))
+    assert alike(name, model.generate(["strawberry"], **given), models[name].generate(["strawberry"], **given))
+    again, before = model.parameters_by_path(), models[name].parameters_by_path()
+    assert all(torch.equal(again[path], before[path]) for path in before)
     assert model.name == str(saved / name)
     assert list(model.parameters_by_path()) == list(models[name].parameters_by_path())
     assert not any(tensor.requires_grad for tensor in model.network.parameters()) and not model.network.training
@@ -66,7 +73,7 @@ def test_merged_view_survives_the_disk(models, tmp_path, name):
     edited.merged().save_pretrained(tmp_path / "merged")
     given = {"seeds": [5], "guidance_scale": 4.0, "steps": 5}
     again = load(tmp_path / "merged").generate(["strawberry"], **given)
-    assert torch.equal(again, edited.generate(["strawberry"], **given))
+    assert alike(name, again, edited.generate(["strawberry"], **given))
 
 
 def test_embedded_models_are_folders(saved, models, monkeypatch):

@@ -173,7 +173,7 @@ def test_guards_combine_condition_and_finish(model):
     levels = torch.cat(shift.levels)
     assert len(levels) == 5 and (levels[:-1] > levels[1:]).all() and 0 < levels[-1] < levels[0] <= 1
     negative = model.view(guards=[Blank()]).generate(["strawberry"], **given)
-    assert torch.equal(negative, 1 - plain)
+    assert (negative - (1 - plain)).abs().max() <= (1e-4 if embedded(model) else 0)
 
 
 def test_guards_stack(model):

@@ -1,7 +1,7 @@
 """Our walk draws the stock pipelines' images. On this CPU bit for bit, in fp32, bf16 and fp16; asserted at 0.
 
-Flow models under true guidance differ by rounding: FLUX' pipeline asks the network twice, we once for both; SD3's encodes
-the empty prompt once per image, we once.
+Flow models under true guidance differ by rounding: FLUX' pipeline asks the network twice, we once for both;
+SD3's encodes the empty prompt once per image, we once.
 """
 
 import pytest

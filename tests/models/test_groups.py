@@ -112,8 +112,11 @@ def test_toy_counts(models, name, modules):
 
 def test_text_in_reads_the_prompt_and_nothing_else(model):
     """Inputs of text_in layers: bitwise the same for other x and t, different for another prompt."""
-    layers = [site.path.removesuffix(".weight") for site in model.sites("text_in")]
+    sites = model.sites("text_in")
+    layers = [site.path.removesuffix(".weight") for site in sites]
     others = [path.replace("to_k", "to_q") for path in layers if path.endswith("to_k")]
+    if model.family == "mmdit":  # the text stream: modulated by t in its first block, mixed with the image after
+        others = [site.path.removesuffix(".weight") for site in model.sites("cross_kv")]
 
     def inputs(seed, prompt):
         seen = {}
@@ -129,13 +132,18 @@ def test_text_in_reads_the_prompt_and_nothing_else(model):
     assert all(torch.equal(first[path], second[path]) for path in layers)
     assert not any(torch.equal(first[path], third[path]) for path in layers)
     assert not any(torch.equal(first[path], second[path]) for path in others)
-    assert torch.equal(first[layers[0]], model.encode(["strawberry"]).tokens)
+    cond = model.encode(["strawberry"])
+    for site, path in zip(sites, layers, strict=True):
+        assert torch.equal(first[path], cond.tokens if site.reads == "tokens" else cond.pooled)
 
 
 def test_groups_partition(model):
     cross, rest, everything = (set(model.select(g)) for g in ("cross_attention", "non_cross_attention", "all"))
     assert not cross & rest and cross | rest < everything
-    assert set(model.select("cross_kv")) < cross < set(model.select("attention")) < everything
+    attention = set(model.select("attention"))
+    assert set(model.select("cross_kv")) < cross <= attention < everything
+    assert (cross == attention) == model.name.startswith("tiny-flux")  # FLUX has text in every attention
+    assert not set(model.select("text_in")) & rest
 
 
 def test_unknown_and_empty_groups(model):
@@ -149,8 +157,9 @@ def test_unknown_and_empty_groups(model):
         bare.select("text_encoder")
 
 
-def test_condition_layout(model):
+def test_condition_layout(unet):
     """last is the last word before the closing token; mask ends with the first closing token."""
+    model = unet
     cond = model.encode(["", "strawberry", "a photo of a cat", "cat " * 40])
     assert cond.last.tolist() == [0, 1, 5, 22]
     assert cond.mask.sum(1).tolist() == [2, 3, 7, 24]

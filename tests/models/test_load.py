@@ -15,7 +15,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
-from .conftest import NAMES
+from .conftest import FLOWS, NAMES, UNETS
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +41,18 @@ def refused(path, *words):
     return message
 
 
+def alike(name, images, others):
+    """U-Nets bit for bit; in MMDiTs the same numbers at another place in memory have been seen to round differently."""
+    return torch.equal(images, others) if name in UNETS else (images - others).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_folder_gives_the_same_model(saved, models, name, capfd):
     model = load(saved / name)
     given = {"seeds": [5], "guidance_scale": 4.0, "steps": 5}
-    assert torch.equal(model.generate(["strawberry"], **given), models[name].generate(["strawberry"], **given))
+    assert alike(name, model.generate(["strawberry"], **given), models[name].generate(["strawberry"], **given))
+    again, before = model.parameters_by_path(), models[name].parameters_by_path()
+    assert all(torch.equal(again[path], before[path]) for path in before)
     assert model.name == str(saved / name)
     assert list(model.parameters_by_path()) == list(models[name].parameters_by_path())
     assert not any(tensor.requires_grad for tensor in model.network.parameters()) and not model.network.training
@@ -59,18 +66,19 @@ def test_half_precision_files_are_computed_in_float32_unless_asked(saved, tmp_pa
     assert {tensor.dtype for tensor in load(place, dtype="bfloat16").network.parameters()} == {torch.bfloat16}
 
 
-def test_merged_view_survives_the_disk(models, tmp_path):
-    model = models["tiny-unet"]
+@pytest.mark.parametrize("name", ["tiny-unet", *FLOWS])
+def test_merged_view_survives_the_disk(models, tmp_path, name):
+    model = models[name]
     edited = model.view(weights={path: -tensor for path, tensor in model.select("text_in").items()})
     edited.merged().save_pretrained(tmp_path / "merged")
     given = {"seeds": [5], "guidance_scale": 4.0, "steps": 5}
     again = load(tmp_path / "merged").generate(["strawberry"], **given)
-    assert torch.equal(again, edited.generate(["strawberry"], **given))
+    assert alike(name, again, edited.generate(["strawberry"], **given))
 
 
 def test_embedded_models_are_folders(saved, models, monkeypatch):
     monkeypatch.setattr(_names, "EMBEDDED", saved)
-    assert _names.embedded_names(saved) == ("tiny-sdxl", "tiny-unet", "tiny-unet-v")
+    assert _names.embedded_names(saved) == tuple(sorted(NAMES))
     place = saved / "berry-unet"
     shutil.copytree(saved / "tiny-unet", place)
     monkeypatch.setattr(loader, "EMBEDDED", saved)
@@ -138,12 +146,12 @@ def test_index(folder):
     refused(folder, "no model_index.json")
 
 
-@pytest.mark.parametrize("kind", ["FluxPipeline", "StableDiffusionInpaintPipeline", None])
+@pytest.mark.parametrize("kind", ["KolorsPipeline", "StableDiffusionInpaintPipeline", None])
 def test_wrong_pipeline_class(folder, kind):
     index = json.loads((folder / "model_index.json").read_text())
     index["_class_name"] = kind
     (folder / "model_index.json").write_text(json.dumps(index))
-    refused(folder, repr(kind), "StableDiffusionPipeline, StableDiffusionXLPipeline")
+    refused(folder, repr(kind), "FluxPipeline, StableDiffusion3Pipeline, StableDiffusionPipeline, StableDiffusionXL")
 
 
 def test_wrong_part_class(folder):

@@ -19,7 +19,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
-from .conftest import PROMPTS, seeded
+from .conftest import NAMES, PROMPTS, seeded
 
 MEAN = 1.5  # the synthetic data set: one latent, all its values MEAN
 
@@ -126,8 +126,9 @@ def test_stops_are_uniform_over_the_grid():
     assert counts.min() > 150 and counts.max() < 250
 
 
-def test_states_are_the_sampler_s_own(model):
+def test_states_are_the_sampler_s_own(unet):
     """A visit is a prefix of the walk: finishing it by the stock scheduler gives the stock pipeline's latents."""
+    model = unet
     seen = []
     cond = model.encode([PROMPTS[0]])
     spy = model.view(hooks=[Hook("unet", lambda _, inputs, output: seen.append((inputs[0][:1].clone(), inputs[1])))])
@@ -191,8 +192,9 @@ def test_timesteps_survive_the_way_through_t(models):
         model.predict(State(x=torch.zeros(1, *model.latent)), model.encode([""]))
 
 
-def test_noised_and_as_eps(model):
+def test_noised_and_as_eps(unet):
     """x = sqrt(a) clean + sqrt(1 - a) eps with unit eps, and as_eps turns the true prediction into that eps."""
+    model = unet
     clean = 3 * torch.randn(64, *model.latent, generator=seeded())
     state = model.noised(clean, rng=seeded(5))
     timestep = (state.t * 1000).round()
@@ -205,7 +207,7 @@ def test_noised_and_as_eps(model):
     assert timestep.min() < 200 and timestep.max() > 800
 
 
-@pytest.mark.parametrize("name", ["tiny-unet", "tiny-unet-v", "tiny-sdxl"])
+@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("scale", [-1.0, 3.0, 7.5])
 def test_guidance_commutes_with_the_parameterization(name, scale):
     """Guiding native predictions, then converting, equals converting, then guiding: to 1e-6 (float64 network)."""
@@ -231,6 +233,7 @@ def test_absorb_undoes_decode_s_scaling(model):
     images = torch.rand(2, 3, 32, 32, generator=seeded())
     vae = model.pipeline.vae
     with torch.no_grad():
-        expected = vae.encode(2 * images - 1).latent_dist.mode() * vae.config.scaling_factor
+        mode = vae.encode(2 * images - 1).latent_dist.mode()
+        expected = (mode - (vae.config.shift_factor or 0)) * vae.config.scaling_factor
     assert torch.allclose(model.absorb(images), expected, atol=1e-6)
     assert model.absorb(images).shape == (2, *model.latent)

@@ -39,7 +39,7 @@ def test_weights_come_from_the_seed_alone():
 
 def test_names():
     assert tiny_names() == TINY
-    with pytest.raises(InputError, match=r"unknown tiny model 'huge'; legal: tiny-sdxl, tiny-unet, tiny-unet-v"):
+    with pytest.raises(InputError, match=r"unknown tiny model 'huge'; legal: tiny-flux, tiny-flux-distilled, tiny-sd3"):
         tiny_pipeline("huge")
 
 

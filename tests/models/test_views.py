@@ -6,7 +6,7 @@ import torch
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator, Hook
 
-from .conftest import digest, seeded
+from .conftest import UNETS, digest, seeded, stock
 
 
 def some_state(model, size=2):
@@ -45,9 +45,14 @@ class Blank(Pass):
         return 1 - images
 
 
+def embedded(model):
+    """Whether guidance is an input of the network instead of a combination of two predictions."""
+    return model.family == "mmdit" and model.distilled
+
+
 def test_is_a_generator(model):
     assert isinstance(model, Generator) and isinstance(model.view(), Generator)
-    assert model.family == "unet"
+    assert model.family == ("unet" if model.name in UNETS else "mmdit")
 
 
 def test_weights_change_the_view_and_nothing_else(model):
@@ -79,13 +84,17 @@ def test_training_through_a_view_leaves_the_network_alone(model):
     state, cond = some_state(model), model.encode(["strawberry"])
     goal = model.predict(state, model.encode([""]))
     masters = {path: tensor.clone().requires_grad_() for path, tensor in model.select("cross_attention").items()}
+    # SD3's last block drops its text: these queries are in the files and in no image
+    idle = {path for path in masters if path.startswith("transformer.transformer_blocks.2") and "added_q" in path}
+    idle |= {path for path in masters if path.startswith("transformer.transformer_blocks.2") and "add_q" in path}
     optimizer = torch.optim.Adam(masters.values(), lr=2e-3)
     losses = []
     for _ in range(12):
         loss = model.distance(model.view(weights=masters).predict(state, cond), goal).mean()
         optimizer.zero_grad()
         loss.backward()
-        assert all(tensor.grad is not None and tensor.grad.abs().sum() > 0 for tensor in masters.values())
+        unmoved = {path for path, tensor in masters.items() if tensor.grad is None or tensor.grad.abs().sum() == 0}
+        assert unmoved == idle
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
@@ -124,7 +133,8 @@ def test_hooks_replace_outputs_and_leave_nothing(model):
     path = model.sites("text_in")[1].path.removesuffix(".weight")
     muted = model.view(hooks=[Hook(path, lambda module, inputs, output: torch.zeros_like(output))])
     before, hooked = model.predict(state, cond), muted.predict(state, cond)
-    zeroed = model.view(weights={f"{path}.weight": torch.zeros_like(model.weight(f"{path}.weight"))})
+    layer = [name for name in (f"{path}.weight", f"{path}.bias") if name in model.parameters_by_path()]
+    zeroed = model.view(weights={name: torch.zeros_like(model.weight(name)) for name in layer})
     assert torch.equal(hooked, zeroed.predict(state, cond)) and not torch.equal(hooked, before)
     assert torch.equal(model.predict(state, cond), before)
     watched = []
@@ -147,7 +157,8 @@ def test_hooks_are_removed_when_the_call_fails(model):
 def test_passing_guard_is_the_identity(model):
     given = {"seeds": [1, 2], "guidance_scale": 4.0, "steps": 5}
     plain = model.generate(["strawberry", "cat"], **given)
-    assert torch.equal(model.view(guards=[Pass()]).generate(["strawberry", "cat"], **given), plain)
+    once = model.view(guards=[Pass()]).generate(["strawberry", "cat"], **given)
+    assert (once - plain).abs().max() <= (1e-4 if embedded(model) else 0)  # there a guard adds a pass for ""
     twice = model.view(guards=[Pass()]).view(guards=[Pass()]).generate(["strawberry", "cat"], **given)
     assert torch.allclose(twice, plain, atol=1e-4)
 
@@ -158,11 +169,11 @@ def test_guards_combine_condition_and_finish(model):
     shift = Shift(2.0)
     more = model.view(guards=[shift]).generate(["strawberry"], **given)
     stronger = model.generate(["strawberry"], seeds=[1], guidance_scale=6.0, steps=5)
-    assert torch.allclose(more, stronger, atol=1e-4) and not torch.allclose(more, plain, atol=1e-2)
+    assert torch.allclose(more, stronger, atol=1e-4) != embedded(model) and not torch.allclose(more, plain, atol=1e-2)
     levels = torch.cat(shift.levels)
-    assert len(levels) == 5 and (levels[:-1] > levels[1:]).all() and 0 < levels[-1] < levels[0] < 1
+    assert len(levels) == 5 and (levels[:-1] > levels[1:]).all() and 0 < levels[-1] < levels[0] <= 1
     negative = model.view(guards=[Blank()]).generate(["strawberry"], **given)
-    assert torch.equal(negative, 1 - plain)
+    assert (negative - (1 - plain)).abs().max() <= (1e-4 if embedded(model) else 0)
 
 
 def test_guards_stack(model):
@@ -172,8 +183,11 @@ def test_guards_stack(model):
     """
     given = {"seeds": [1], "steps": 4}
     both = model.view(guards=[Shift(2.0), Shift(-1.0)]).generate(["strawberry"], guidance_scale=4.0, **given)
-    same = model.generate(["strawberry"], guidance_scale=3.0 * 1.5, **given)
-    assert torch.allclose(both, same, atol=1e-4)
+    once = model.view(guards=[Shift(0.5)]).generate(["strawberry"], guidance_scale=4.0, **given)
+    assert torch.allclose(both, once, atol=1e-4)
+    if not embedded(model):
+        same = model.generate(["strawberry"], guidance_scale=3.0 * 1.5, **given)
+        assert torch.allclose(both, same, atol=1e-4)
     with pytest.raises(InputError, match="guidance scale 0"):
         model.view(guards=[Pass(), Pass()]).generate(["strawberry"], guidance_scale=0.0, **given)
 
@@ -183,11 +197,13 @@ def test_merged_pipeline_draws_what_the_view_draws(model):
     encoder, tensor = next(iter(model.select("text_encoder").items()))
     edited = model.view(weights={**weights, encoder: -tensor})
     pipeline = edited.merged()
-    given = {"guidance_scale": 3.0, "num_inference_steps": 5, "output_type": "pt"}
     pipeline.set_progress_bar_config(disable=True)
-    stock = pipeline(["strawberry"], generator=[seeded(4)], **given).images
-    assert torch.equal(edited.generate(["strawberry"], seeds=[4], guidance_scale=3.0, steps=5), stock)
-    assert pipeline.vae is model.pipeline.vae and pipeline.unet is not model.pipeline.unet
+    again = type(model)(pipeline, model.name)
+    ours = edited.generate(["strawberry"], seeds=[4], guidance_scale=3.0, steps=5)
+    assert (ours - stock(again, ["strawberry"], [4], 3.0, 5)).abs().max() <= 1e-5
+    assert torch.equal(ours, again.generate(["strawberry"], seeds=[4], guidance_scale=3.0, steps=5))
+    part = "unet" if model.family == "unet" else "transformer"
+    assert pipeline.vae is model.pipeline.vae and getattr(pipeline, part) is not getattr(model.pipeline, part)
     with pytest.raises(InputError, match="guards or hooks"):
         model.view(guards=[Pass()]).merged()
 
@@ -200,5 +216,5 @@ def test_bad_weights_and_hooks(model):
         model.weight("x")
     with pytest.raises(InputError, match=r"has shape \[\d+, \d+\], not \[3\]"):
         model.view(weights={path: torch.zeros(3)})
-    with pytest.raises(InputError, match=r"has no module 'unet\.attic'; parts: unet, text_encoder"):
+    with pytest.raises(InputError, match=r"has no module 'unet\.attic'; parts: (unet|transformer), text_encoder"):
         model.view(hooks=[Hook("unet.attic", lambda *_: None)])

@@ -1,4 +1,8 @@
-"""Our walk draws the stock pipelines' images. On this CPU bit for bit, in fp32, bf16 and fp16; asserted at 0."""
+"""Our walk draws the stock pipelines' images. On this CPU bit for bit, in fp32, bf16 and fp16; asserted at 0.
+
+Flow models under true guidance differ by rounding: FLUX' pipeline asks the network twice, we once for both;
+SD3's encodes the empty prompt once per image, we once.
+"""
 
 import pytest
 import torch
@@ -18,7 +22,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
-from .conftest import PROMPTS, seeded
+from .conftest import PROMPTS, UNETS, seeded, stock
 
 SCHEDULERS = (
     PNDMScheduler,
@@ -32,10 +36,8 @@ SCHEDULERS = (
 BATCH_TOLERANCE = 1e-5  # of a pixel in [0, 1]: batched matrix products round differently
 
 
-def stock(model, prompts, seeds, scale, steps, **more):
-    generators = [seeded(seed) for seed in seeds]
-    given = {"guidance_scale": scale, "num_inference_steps": steps, "output_type": "pt", **more}
-    return model.pipeline(list(prompts), generator=generators, **given).images.float()
+def tolerance(model, scale):
+    return BATCH_TOLERANCE if model.name in ("tiny-sd3", "tiny-flux") and scale != 1 else 0.0
 
 
 @pytest.mark.parametrize("scale", [1.0, 3.0, 7.5])
@@ -43,19 +45,24 @@ def test_images_equal_the_stock_pipeline(model, scale):
     seeds = [11, 12, 10**12]
     ours = model.generate(PROMPTS, seeds=seeds, guidance_scale=scale, steps=8)
     assert ours.dtype == torch.float32 and ours.min() >= 0 and ours.max() <= 1
-    assert torch.equal(ours, stock(model, PROMPTS, seeds, scale, 8))
-    assert not torch.equal(ours, stock(model, PROMPTS, seeds, scale + 0.1 if scale > 1 else 1.5, 8))
+    assert (ours - stock(model, PROMPTS, seeds, scale, 8)).abs().max() <= tolerance(model, scale)
+    other = stock(model, PROMPTS, seeds, scale + 0.1 if scale > 1 else 1.5, 8)
+    assert (ours - other).abs().max() > max(1e-4, tolerance(model, scale))
 
 
 def test_negative_prompts_equal_the_stock_pipeline(model):
-    negative = ["blue", "a dog", "banana"]
-    ours = model.generate(PROMPTS, seeds=[1, 2, 3], guidance_scale=4.0, steps=6, negative=negative)
-    assert torch.equal(ours, stock(model, PROMPTS, [1, 2, 3], 4.0, 6, negative_prompt=negative))
-    assert not torch.equal(ours, model.generate(PROMPTS, seeds=[1, 2, 3], guidance_scale=4.0, steps=6))
+    negative, given = ["blue", "a dog", "banana"], {"seeds": [1, 2, 3], "guidance_scale": 4.0, "steps": 6}
+    if model.family == "mmdit" and model.distilled:
+        with pytest.raises(InputError, match="guidance-distilled and has no unconditional pass"):
+            model.generate(PROMPTS, negative=negative, **given)
+        return
+    ours = model.generate(PROMPTS, negative=negative, **given)
+    assert (ours - stock(model, PROMPTS, [1, 2, 3], 4.0, 6, negative=negative)).abs().max() <= tolerance(model, 4.0)
+    assert (ours - model.generate(PROMPTS, **given)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
-@pytest.mark.parametrize("name", ["tiny-unet", "tiny-unet-v", "tiny-sdxl"])
+@pytest.mark.parametrize("name", UNETS)
 def test_other_schedulers_equal_the_stock_pipeline(name, scheduler):
     pipeline = tiny_pipeline(name)
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
@@ -75,7 +82,7 @@ def test_time_grids_equal_the_stock_pipeline():
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["tiny-unet-v", "tiny-sdxl"])
+@pytest.mark.parametrize("name", ["tiny-unet-v", "tiny-sdxl", "tiny-sd3", "tiny-flux-distilled"])
 @pytest.mark.filterwarnings("ignore:.*upcast_vae.*:FutureWarning")
 def test_half_precision_equals_the_stock_pipeline(name, dtype):
     model = load(name, dtype=dtype)
@@ -127,8 +134,9 @@ def test_check_prompt(models):
         for text in ("", "  \n "):
             with pytest.raises(InputError, match="no words"):
                 model.check_prompt(text)
-        with pytest.raises(InputError, match="does not know"):
+        with pytest.raises(InputError, match=r"do(es)? not know"):
             model.check_prompt("cat <|endoftext|> dog")
-        model.check_prompt("cat " * 22)
-        with pytest.raises(InputError, match=r"has 23 tokens; .* at most 22"):
-            model.check_prompt("cat " * 23)
+        room = 23 if model.family == "mmdit" else 22  # T5 closes a prompt, CLIP opens it too
+        model.check_prompt("cat " * room)
+        with pytest.raises(InputError, match=rf"has {room + 1} tokens; .* at most {room}"):
+            model.check_prompt("cat " * (room + 1))

@@ -9,7 +9,7 @@ from uce_loops import Text, edit_2023, edit_2025
 from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Run
 from expunge.methods.closed_form.uce import UCE
-from expunge.models.tiny import tiny_names, tiny_pipeline
+from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
 FILLS_THE_WINDOW = "the red cat on the blue car with a picture of a dog and a banana in a drawing of a guitar"
@@ -23,6 +23,8 @@ REQUEST = Request(
     retain=(Concept.of("car"), Concept(name="banana", prompts=("banana", "picture of a banana", "banana"))),
 )
 RETAINED = ["car", "banana", "picture of a banana", "banana"]
+
+UNETS = ("tiny-unet", "tiny-unet-v", "tiny-sdxl")
 
 
 def double(name: str) -> UNetGenerator:
@@ -44,7 +46,7 @@ def worst(model: UNetGenerator, method: UCE, expected: dict[str, np.ndarray]) ->
     return max(error(site.path, site.weight) for site in edited.sites("text_in"))
 
 
-@pytest.mark.parametrize("name", tiny_names())
+@pytest.mark.parametrize("name", UNETS)
 @pytest.mark.parametrize("technique", ["replace", "tensor"])
 def test_2023_equals_loops(name: str, technique: str) -> None:
     model = double(name)
@@ -61,7 +63,7 @@ def test_2023_equals_loops(name: str, technique: str) -> None:
     assert worst(model, UCE(technique=technique, ridge=0.51), expected) > 1e-8
 
 
-@pytest.mark.parametrize("name", tiny_names())
+@pytest.mark.parametrize("name", UNETS)
 def test_2025_equals_loops(name: str) -> None:
     model = double(name)
     pairs = [(text(model, t), text(model, a)) for t, a in REQUEST.pairs]

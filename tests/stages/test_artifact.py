@@ -81,6 +81,27 @@ def test_saved_and_loaded_draws_the_same_images_bit_for_bit(tmp_path: Path, mode
         assert torch.equal(images(artifact.load(folder).on(load_model("tiny-unet"))), expected)
 
 
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux", "tiny-flux-distilled"])
+def test_flow_artifacts_come_back_and_refuse_every_other_base(
+    tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, path = load_model(name), "transformer.context_embedder.weight"
+    patch = WeightPatch({path: torch.randn(base.weight(path).shape)})
+    save(tmp_path / "artifact", base, patch)
+    back = artifact.load(tmp_path)
+    assert torch.equal(images(back.on(load_model(name))), images(patch.on(base)))
+    assert not torch.equal(images(patch.on(base)), images(base))
+    for other in {"tiny-sd3", "tiny-flux", "tiny-flux-distilled", "tiny-unet"} - {name}:
+        with pytest.raises(InputError, match=f"was made for base .* {other!r} .* differs"):
+            back.on(load_model(other))
+    assert back.card.base.family == "mmdit"
+    assert back.card.claims.get("guidance_distilled", False) == (name == "tiny-flux-distilled")
+    assert artifact.fingerprint(base, {}) == artifact.fingerprint(base.view(), {})
+    read = artifact.fingerprint(base, {})
+    monkeypatch.setattr(base, "distilled", not base.distilled)
+    assert artifact.fingerprint(base, {}) != read  # guards: the same text encoder, another kind of guidance
+
+
 def test_low_rank_factors_and_guards_come_back(
     tmp_path: Path, model: Generator, monkeypatch: pytest.MonkeyPatch
 ) -> None:

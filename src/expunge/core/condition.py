@@ -1,11 +1,14 @@
 """Encoded prompts."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+GUIDANCE = "guidance"
+"""Key in `extra` of the scale a guidance-distilled network is asked for, one number per prompt."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,10 @@ class Condition:
     """Position of the last word, before closing tokens; 0 (the opening token) for an empty prompt."""
     pooled: Float[Tensor, "b p"] | None = None
     extra: Mapping[str, Tensor] = field(default_factory=dict)
-    """Per-sample side inputs of a family, first axis b: SDXL time ids, FLUX guidance."""
+    """Per-sample side inputs of a family, first axis b: SDXL time ids, `GUIDANCE`."""
+    bands: tuple[tuple[int, int], ...] = ()
+    """Positions [first, end) that one encoder each has written, the same for all prompts (SD3: CLIP's rows, then T5's);
+    `last` lies in the first. () is one band, the whole window."""
 
     @property
     def subject(self) -> Float[Tensor, "b d"]:
@@ -42,6 +48,7 @@ class Condition:
             last=torch.cat([part.last for part in parts]),
             pooled=torch.cat(pooled) if pooled else None,
             extra={key: torch.cat([part.extra[key] for part in parts]) for key in parts[0].extra},
+            bands=parts[0].bands,
         )
 
     def take(self, index: Int[Tensor, "n"]) -> "Condition":
@@ -52,4 +59,11 @@ class Condition:
             last=self.last[index],
             pooled=None if self.pooled is None else self.pooled[index],
             extra={key: value[index] for key, value in self.extra.items()},
+            bands=self.bands,
         )
+
+    def at(self, scale: float) -> "Condition":
+        """Ask a guidance-distilled network for another scale; conditions of other models come back as they are."""
+        if GUIDANCE not in self.extra:
+            return self
+        return replace(self, extra={**self.extra, GUIDANCE: torch.full_like(self.extra[GUIDANCE], scale)})

@@ -15,7 +15,11 @@ Family = Literal["unet", "mmdit", "autoregressive"]
 Group = Literal["text_in", "cross_kv", "cross_attention", "non_cross_attention", "attention", "all", "text_encoder"]
 """Parameter groups. U-Net: `text_in` = `cross_kv` = attn2.to_k/to_v; `cross_attention` = all of attn2 (ESD-x);
 `non_cross_attention` = all but attn2, the timestep embedding and the output layers (ESD-u); `attention` = attn1 and
-attn2; `all` = the whole denoiser."""
+attn2; `all` = the whole denoiser.
+
+MMDiT: `text_in` = the context embedder and the pooled text's first layer; `cross_kv` = add_k_proj/add_v_proj;
+`cross_attention` = every attention that reads text, both its streams; `attention` = also the image's attention to
+itself; `non_cross_attention` = all but the first, the embeddings of text and time and the output layers."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """What all denoisers share: their own sampler, walked step by step so that views and guards apply.
 
-`x` is always what the network reads (diffusers' `scale_model_input`), x = sqrt(a) x0 + sqrt(1 - a) eps with
-a = alphas_cumprod[timestep], whatever space the scheduler steps in. `t` = timestep / num_train_timesteps.
+`x` is always what the network reads, `t` its noise level in [0, 1]. What x is made of at a level, and how the sampler
+is started, is the business of `_diffusion.py` (U-Nets) and `_flow.py` (rectified flow).
 """
 
 import copy
@@ -10,7 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, SchedulerMixin
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SchedulerMixin,
+)
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
 from torch import Tensor
@@ -20,27 +26,14 @@ from expunge.core.errors import InputError
 from expunge.core.generator import State
 from expunge.models._base import Adapter
 
-PREDICTIONS = ("epsilon", "v_prediction")
-"""What a U-Net here may predict: eps, or v = sqrt(a) eps - sqrt(1 - a) x0 (Salimans and Ho, arXiv:2202.00512)."""
-
-SAMPLERS = (
-    "DDIMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerAncestralDiscreteScheduler",
-    "EulerDiscreteScheduler",
-    "HeunDiscreteScheduler",
-    "LMSDiscreteScheduler",
-    "PNDMScheduler",
-    "UniPCMultistepScheduler",
-)
-"""Schedulers whose state between two steps is known to lie at the timestep asked next; tests hold each to it."""
-
-_MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler)  # a step depends on x alone: samples may leave the batch
+# A step depends on x alone: samples may leave the batch.
+_MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)
 
 
 class Denoiser(Adapter):
-    """Sampling and states for a network that predicts noise or velocity; a subclass says how it is called."""
+    """Sampling and states for a network that predicts noise or velocity; subclasses say how, and how it is called."""
 
+    pipeline: DiffusionPipeline
     scheduler: SchedulerMixin
     latent: tuple[int, int, int]
     """Channels, height and width of a latent."""
@@ -63,7 +56,7 @@ class Denoiser(Adapter):
         raise NotImplementedError
 
     def predict(self, state: State, cond: Condition) -> Float[Tensor, "b ..."]:
-        """Give the network's native prediction (eps or v) at a state; one prompt may serve the whole batch.
+        """Give the network's native prediction (eps, v or velocity) at a state; one prompt may serve the whole batch.
 
         Raises InputError if neither one prompt nor one prompt per sample is given.
         """
@@ -86,18 +79,18 @@ class Denoiser(Adapter):
         Every point where the sampler would ask the network is equally likely, the initial noise included. `x` has
         exactly the noise level of `t`: after a DDIM step from timestep s that is s - N // steps, which differs from
         the grid by less than one timestep where steps do not divide N. Samples that have arrived leave the batch
-        (DDIM, Euler), so a batch costs about half of `steps` guided calls each.
+        (DDIM, Euler, flow), so a batch costs about half of `steps` guided calls each.
         """
         scheduler = self._started(steps)
         size = len(cond)
-        x = self._noise(size, rng) * scheduler.init_noise_sigma
+        x = self._start(scheduler, self._noise(size, rng))
         grid = _grid(scheduler)
         stops = grid[torch.randint(len(grid), (size,), generator=rng, device=rng.device).cpu()]
         cond, uncond = self._pair(cond, self.encode([""]))
         found, alive = torch.empty_like(x), torch.arange(size)
         for index, timestep in enumerate(scheduler.timesteps):
             here, going = stops[alive] == index, stops[alive] > index
-            found[alive[here]] = scheduler.scale_model_input(x, timestep)[here]
+            found[alive[here]] = self._ready(scheduler, x, timestep)[here]
             if not going.any():
                 break
             if isinstance(scheduler, _MEMORYLESS) and not going.all():
@@ -128,7 +121,7 @@ class Denoiser(Adapter):
         scheduler = self._started(steps)
         cond, uncond = self._pair(self.encode(prompts), self.encode([""] if negative is None else negative))
         rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-        x = self._noise(len(prompts), rngs) * scheduler.init_noise_sigma
+        x = self._start(scheduler, self._noise(len(prompts), rngs))
         for timestep in scheduler.timesteps:
             x = self._advance(scheduler, x, timestep, cond, uncond, guidance_scale, rngs)
         images = self.decode(x)
@@ -137,26 +130,49 @@ class Denoiser(Adapter):
         return images
 
     def noised(self, clean: Float[Tensor, "b c h w"], *, rng: torch.Generator) -> State:
-        """Noise clean latents to a uniformly drawn level of the training schedule.
-
-        x = sqrt(a) clean + sqrt(1 - a) eps; the noise is `(x - sqrt(a) clean) / sqrt(1 - a)`.
-        """
-        size, total = clean.shape[0], self.scheduler.config.num_train_timesteps
-        timestep = torch.randint(total, (size,), generator=rng, device=rng.device).to(self.device)
-        eps = torch.randn(clean.shape, generator=rng, device=rng.device).to(clean)
-        a = self._alpha_bar(timestep.float()).to(clean.dtype)
-        return State(x=a.sqrt() * clean + (1 - a).sqrt() * eps, t=timestep.float() / total)
+        """Noise clean latents to a drawn level."""
+        raise NotImplementedError
 
     def as_eps(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
-        """Convert a native prediction to noise.
+        """Convert a native prediction to noise."""
+        raise NotImplementedError
 
-        eps itself, or from v: eps = sqrt(a) v + sqrt(1 - a) x. Affine in `pred` with coefficients that sum to one
-        over any guidance combination, so guiding before or after the conversion is the same.
+    def merged(self) -> DiffusionPipeline:
+        """Give a stock pipeline whose weights are what this view sees, ready for `save_pretrained`.
+
+        Only the touched components are copied. Raises InputError for a view with guards or hooks: they are code, and
+        a folder of weights would silently lose them.
         """
-        if self.scheduler.config.prediction_type == "epsilon":
-            return pred
-        a = self._alpha_bar(self._timestep(state)).to(pred.dtype)
-        return a.sqrt() * pred + (1 - a).sqrt() * state.x
+        if self.guards or self.hooks:
+            raise InputError(f"view of {self.name!r} carries guards or hooks, which no diffusers folder can hold")
+        twin = copy.copy(self.pipeline)
+        for part in sorted({path.partition(".")[0] for path in self.weights}):
+            module = copy.deepcopy(self.network[part])
+            for path, tensor in self.weights.items():
+                if path.startswith(part + "."):
+                    module.get_parameter(path.partition(".")[2]).data.copy_(tensor)
+            twin.register_modules(**{part: module})
+        return twin
+
+    def _started(self, steps: int) -> SchedulerMixin:
+        """Give a private copy of the scheduler, set to a number of steps: walks never share counters and histories."""
+        raise NotImplementedError
+
+    def _levels(self, scheduler: SchedulerMixin) -> Float[Tensor, "n"]:
+        """Give the t at whose noise level x is when the network is asked, per call."""
+        raise NotImplementedError
+
+    def _timestep(self, state: State) -> Float[Tensor, "b"]:
+        """Give the scheduler's timesteps of a state."""
+        raise NotImplementedError
+
+    def _start(self, scheduler: SchedulerMixin, noise: Tensor) -> Tensor:
+        """Turn unit noise into the sampler's first x."""
+        return noise
+
+    def _ready(self, scheduler: SchedulerMixin, x: Tensor, timestep: Tensor) -> Tensor:
+        """Turn the sampler's x into what the network reads."""
+        return x
 
     def _advance(
         self,
@@ -169,7 +185,7 @@ class Denoiser(Adapter):
         rng: torch.Generator | list[torch.Generator],
     ) -> Tensor:
         """One guided sampler step in the scheduler's own space."""
-        ready = scheduler.scale_model_input(x, timestep)
+        ready = self._ready(scheduler, x, timestep)
         pred = self._guided(ready, timestep, cond, uncond, scale)
         named: dict[str, Any] = {"return_dict": False}
         if "generator" in inspect.signature(scheduler.step).parameters:
@@ -182,8 +198,10 @@ class Denoiser(Adapter):
         u, c = self.predict_at(torch.cat([x, x]), timestep, Condition.cat([uncond, cond])).chunk(2)
         if not self.guards:
             return u + scale * (c - u)
-        state = State(x=x, t=(timestep.float() / self.scheduler.config.num_train_timesteps).expand(x.shape[0]))
-        return self._guarded(state, c, u, scale)
+        return self._guarded(self._state(x, timestep), c, u, scale)
+
+    def _state(self, x: Tensor, timestep: Tensor) -> State:
+        return State(x=x, t=(timestep.float() / self.scheduler.config.num_train_timesteps).expand(x.shape[0]))
 
     def _guarded(self, state: State, c: Tensor, u: Tensor, scale: float) -> Tensor:
         """Let the guards combine in turn: each next one sees the prompt prediction that explains the last result.
@@ -202,43 +220,9 @@ class Denoiser(Adapter):
             cond = guard.condition(cond)
         return cond, _spread(uncond, len(cond)) if len(uncond) == 1 else uncond
 
-    def _started(self, steps: int) -> SchedulerMixin:
-        """A private copy of the scheduler: walks never share its counters and histories."""
-        total = self.scheduler.config.num_train_timesteps
-        if not 1 <= steps <= total:
-            raise InputError(f"{steps} sampler steps; legal: 1 to {total}")
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(steps, device=self.device)
-        return scheduler
-
     def _noise(self, size: int, rng: torch.Generator | list[torch.Generator]) -> Tensor:
         dtype = next(iter(self._base.values())).dtype
         return randn_tensor((size, *self.latent), generator=rng, device=self.device, dtype=dtype)
-
-    def _levels(self, scheduler: SchedulerMixin) -> Float[Tensor, "n"]:
-        """The t at whose noise level x is when the network is asked, per call."""
-        times = scheduler.timesteps.float().cpu()
-        total = self.scheduler.config.num_train_timesteps
-        if isinstance(scheduler, DDIMScheduler):
-            times = torch.cat([times[:1], times[:-1] - total // scheduler.num_inference_steps])
-        return times / total
-
-    def _timestep(self, state: State) -> Float[Tensor, "b"]:
-        """Timesteps of a state; whole ones come back exactly, in spite of the rounding of t."""
-        if state.t is None:
-            raise InputError("a denoiser's state needs its noise level t; this one has none")
-        timestep = state.t.to(self.device) * self.scheduler.config.num_train_timesteps
-        whole = timestep.round()
-        return torch.where((timestep - whole).abs() < 1e-3, whole, timestep)
-
-    def _alpha_bar(self, timestep: Float[Tensor, "b"]) -> Float[Tensor, "b 1 1 1"]:
-        """alphas_cumprod at a timestep; between whole ones sigma = sqrt((1 - a) / a) is linear, as in Euler."""
-        table = self.scheduler.alphas_cumprod.to(self.device)
-        low = timestep.floor().long().clamp(0, len(table) - 1)
-        high = (low + 1).clamp(max=len(table) - 1)
-        sigma = torch.lerp(_sigma(table[low]), _sigma(table[high]), (timestep - low).to(table.dtype))
-        a = torch.where(timestep == low, table[low], 1 / (1 + sigma.square()))
-        return a[:, None, None, None]
 
 
 def _grid(scheduler: SchedulerMixin) -> Int[Tensor, "n"]:
@@ -251,7 +235,3 @@ def _grid(scheduler: SchedulerMixin) -> Int[Tensor, "n"]:
 
 def _spread(cond: Condition, size: int) -> Condition:
     return cond.take(torch.zeros(size, dtype=torch.long, device=cond.tokens.device))
-
-
-def _sigma(a: Tensor) -> Tensor:
-    return ((1 - a) / a).sqrt()

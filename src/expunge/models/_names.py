@@ -5,7 +5,7 @@ from pathlib import Path
 EMBEDDED = Path(__file__).parent.parent / "embedded"
 """Folders with a `model_index.json` below it are the embedded models."""
 
-TINY = ("tiny-unet", "tiny-unet-v", "tiny-sdxl")
+TINY = ("tiny-unet", "tiny-unet-v", "tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-flux-distilled")
 """Random toy models of real classes, built by `models/tiny.py`."""
 
 

@@ -12,18 +12,23 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DiffusionPipeline,
+    FluxPipeline,
+    FluxTransformer2DModel,
     SchedulerMixin,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from expunge.core.errors import InputError, unknown
 from expunge.models._names import EMBEDDED, TINY, embedded_names, model_names
 from expunge.models._quiet import quiet
+from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
@@ -38,12 +43,42 @@ _SD: dict[str, type] = {
     "scheduler": SchedulerMixin,
 }
 _SDXL: dict[str, type] = {**_SD, "text_encoder_2": CLIPTextModelWithProjection, "tokenizer_2": CLIPTokenizer}
-_PIPELINES = {StableDiffusionPipeline.__name__: _SD, StableDiffusionXLPipeline.__name__: _SDXL}
+_SD3: dict[str, type] = {
+    "transformer": SD3Transformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModelWithProjection,
+    "tokenizer": CLIPTokenizer,
+    "text_encoder_2": CLIPTextModelWithProjection,
+    "tokenizer_2": CLIPTokenizer,
+    "text_encoder_3": T5EncoderModel,
+    "tokenizer_3": T5TokenizerFast,
+    "scheduler": SchedulerMixin,
+}
+_FLUX: dict[str, type] = {
+    "transformer": FluxTransformer2DModel,
+    "vae": AutoencoderKL,
+    "text_encoder": CLIPTextModel,
+    "tokenizer": CLIPTokenizer,
+    "text_encoder_2": T5EncoderModel,
+    "tokenizer_2": T5TokenizerFast,
+    "scheduler": SchedulerMixin,
+}
+_PIPELINES = {
+    StableDiffusionPipeline.__name__: _SD,
+    StableDiffusionXLPipeline.__name__: _SDXL,
+    StableDiffusion3Pipeline.__name__: _SD3,
+    FluxPipeline.__name__: _FLUX,
+}
+_OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3 is shared and run without its T5 too; the index then says null
+_TOKENIZERS = {
+    CLIPTokenizer: ("CLIPTokenizer", "CLIPTokenizerFast"),
+    T5TokenizerFast: ("T5Tokenizer", "T5TokenizerFast"),
+}
 
 
 def load(
     name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
-) -> UNetGenerator:
+) -> UNetGenerator | MMDiTGenerator:
     """Open a model: an embedded or toy name, a diffusers folder, or "hf:org/name" from the hub, unless HF_HUB_OFFLINE.
 
     Only the prefix reaches the hub: a misspelt path looks like a hub id, and must not fetch a stranger's weights.
@@ -68,14 +103,22 @@ def load(
 
 
 def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
-    """Open a StableDiffusionPipeline or StableDiffusionXLPipeline folder, without safety checker or watermark."""
+    """Open a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 folder, without safety checker or watermark."""
     index = _json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
         raise InputError(f"model folder {str(folder)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
-    parts = {part: _part(folder, part, expected, index, dtype) for part, expected in _PIPELINES[kind].items()}
+    absent = {part for part in _OPTIONAL if (index.get(part) or [None])[0] is None}
+    parts = {
+        part: None if part in absent else _part(folder, part, expected, index, dtype)
+        for part, expected in _PIPELINES[kind].items()
+    }
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers corrects outdated schedulers, and says so each time
+        if kind == StableDiffusion3Pipeline.__name__:
+            return StableDiffusion3Pipeline(**parts)
+        if kind == FluxPipeline.__name__:
+            return FluxPipeline(**parts)
         if kind == StableDiffusionXLPipeline.__name__:
             zeros = index.get("force_zeros_for_empty_prompt", True)
             return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
@@ -87,10 +130,12 @@ def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
         return StableDiffusionPipeline(**parts, **unchecked)
 
 
-def _generator(pipeline: Pipeline, name: str, place: torch.device) -> UNetGenerator:
+def _generator(pipeline: Pipeline, name: str, place: torch.device) -> UNetGenerator | MMDiTGenerator:
     for part in pipeline.components.values():
         if isinstance(part, nn.Module):
             nn.Module.to(part, place)  # the pipeline's own `to` logs advice about dtypes
+    if isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline):
+        return MMDiTGenerator(pipeline, name)
     return UNetGenerator(pipeline, name)
 
 
@@ -102,8 +147,8 @@ def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype:
     try:
         if issubclass(expected, nn.Module):
             return _network(place, expected, named, dtype)
-        if expected is CLIPTokenizer:
-            return _tokenizer(place, named)
+        if expected in _TOKENIZERS:
+            return _tokenizer(place, expected, named)
         return _scheduler(place, named)
     except InputError:
         raise
@@ -132,12 +177,15 @@ def _network(place: Path, expected: Any, named: str, dtype: torch.dtype) -> nn.M
     return model
 
 
-def _tokenizer(place: Path, named: str) -> CLIPTokenizer:
-    if named not in ("CLIPTokenizer", "CLIPTokenizerFast"):
-        raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: CLIPTokenizer")
-    if not (place / "tokenizer.json").is_file() and not (place / "vocab.json").is_file():
-        raise InputError(f"part {place.name!r} of {str(place.parent)!r} has neither tokenizer.json nor vocab.json")
-    return CLIPTokenizer.from_pretrained(place, local_files_only=True)
+def _tokenizer(place: Path, expected: Any, named: str) -> Any:
+    if named not in _TOKENIZERS[expected]:
+        raise InputError(
+            f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: {_TOKENIZERS[expected][0]}"
+        )
+    files = ("tokenizer.json", "vocab.json" if expected is CLIPTokenizer else "spiece.model")
+    if not any((place / file).is_file() for file in files):
+        raise InputError(f"part {place.name!r} of {str(place.parent)!r} has neither {' nor '.join(files)}")
+    return expected.from_pretrained(place, local_files_only=True)
 
 
 def _scheduler(place: Path, named: str) -> SchedulerMixin:

@@ -13,29 +13,31 @@ from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
     EulerDiscreteScheduler,
+    FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.models.attention_processor import Attention
-from tokenizers.pre_tokenizers import ByteLevel
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
 from expunge.core.errors import unknown
+from expunge.models._tiny_flow import tiny_flux, tiny_flux_distilled, tiny_sd3
+from expunge.models._tiny_text import text_config, tiny_tokenizer
 
-Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline
-
-WINDOW = 24
-"""Prompt window of the tiny models, in tokens; Stable Diffusion has 77."""
+Pipeline = StableDiffusionPipeline | StableDiffusionXLPipeline | StableDiffusion3Pipeline | FluxPipeline
 
 _GAIN = 8.0  # cross-attention values are this much larger than torch's default initialisation
-_END = "<|endoftext|>"
-_WORDS = "a an the of in on and with photo picture painting drawing style red blue cat dog strawberry banana guitar car"
 
 
 def tiny_names() -> tuple[str, ...]:
-    """List the toy models: SD 1.x type (eps), SD 2.x type (v, zero terminal SNR) and SDXL type (eps, two encoders)."""
+    """List the toy models.
+
+    SD 1.x type (eps), SD 2.x type (v, zero terminal SNR), SDXL type (eps, two encoders); SD 3.5 type, FLUX.1 type
+    without and with embedded guidance (velocity).
+    """
     return tuple(_BUILDERS)
 
 
@@ -52,38 +54,6 @@ def tiny_pipeline(name: str, *, seed: int = 0, dtype: torch.dtype = torch.float3
             nn.Module.to(part, dtype)  # diffusers' own `to` logs advice meant for large models
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def tiny_tokenizer() -> CLIPTokenizer:
-    """Build a byte-level CLIP tokenizer that can spell anything and has a few words as single tokens."""
-    letters = sorted(ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", _END, *letters, *(letter + "</w>" for letter in letters)]
-    merges: list[tuple[str, str]] = []
-    for word in sorted(_WORDS.split(), key=len, reverse=True):  # longest first: a short word must not split a long one
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        while len(pieces) > 1:
-            merges.append((pieces[0], pieces[1]))
-            pieces[:2] = ["".join(pieces[:2])]
-    merges = list(dict.fromkeys(merges))
-    tokens += [left + right for left, right in merges]
-    vocab = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
-    return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=WINDOW)
-
-
-def _text_config(vocab: int, eos: int) -> CLIPTextConfig:
-    return CLIPTextConfig(
-        vocab_size=vocab,
-        hidden_size=32,
-        intermediate_size=64,
-        projection_dim=32,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=WINDOW,
-        initializer_factor=4.0,
-        bos_token_id=0,
-        eos_token_id=eos,
-        pad_token_id=eos,
-    )
 
 
 def _autoencoder() -> AutoencoderKL:
@@ -108,7 +78,7 @@ def _sd(unet: UNet2DConditionModel, scheduler: DDIMScheduler) -> StableDiffusion
     tokenizer = tiny_tokenizer()
     return StableDiffusionPipeline(
         vae=_autoencoder(),
-        text_encoder=CLIPTextModel(_text_config(len(tokenizer), tokenizer.eos_token_id)),
+        text_encoder=CLIPTextModel(text_config(len(tokenizer), tokenizer.eos_token_id)),
         tokenizer=tokenizer,
         unet=_listening(unet),
         scheduler=scheduler,
@@ -182,7 +152,7 @@ def _sdxl() -> StableDiffusionXLPipeline:
         norm_num_groups=8,
     )
     tokenizer = tiny_tokenizer()
-    config = _text_config(len(tokenizer), tokenizer.eos_token_id)
+    config = text_config(len(tokenizer), tokenizer.eos_token_id)
     return StableDiffusionXLPipeline(
         vae=_autoencoder(),
         text_encoder=CLIPTextModel(config),
@@ -201,4 +171,11 @@ def _sdxl() -> StableDiffusionXLPipeline:
     )
 
 
-_BUILDERS: dict[str, Callable[[], Pipeline]] = {"tiny-unet": _sd1, "tiny-unet-v": _sd2, "tiny-sdxl": _sdxl}
+_BUILDERS: dict[str, Callable[[], Pipeline]] = {
+    "tiny-unet": _sd1,
+    "tiny-unet-v": _sd2,
+    "tiny-sdxl": _sdxl,
+    "tiny-sd3": tiny_sd3,
+    "tiny-flux": tiny_flux,
+    "tiny-flux-distilled": tiny_flux_distilled,
+}

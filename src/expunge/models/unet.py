@@ -1,6 +1,5 @@
 """Stable Diffusion 1.x, 2.x and SDXL, and folders in their format: a U-Net with cross-attention on text."""
 
-import copy
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal, cast
@@ -15,7 +14,7 @@ from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Group
 from expunge.models._base import check_group, linear_site
-from expunge.models._denoiser import PREDICTIONS, SAMPLERS, Denoiser
+from expunge.models._diffusion import PREDICTIONS, SAMPLERS, Diffusion
 
 GROUPS: tuple[Group, ...] = (
     "text_in",
@@ -31,7 +30,7 @@ _PARTS = ("unet", "text_encoder", "text_encoder_2", "vae")
 _OUTSIDE_ESD_U = ("conv_norm_out", "conv_out", "time_embedding", "add_embedding")
 
 
-class UNetGenerator(Denoiser):
+class UNetGenerator(Diffusion):
     """A stock StableDiffusionPipeline or StableDiffusionXLPipeline seen through the verbs erasers need.
 
     Prediction type, time grid and scaling are the pipeline's own. SDXL: tokens are the two encoders' penultimate
@@ -134,23 +133,6 @@ class UNetGenerator(Denoiser):
         if vae.post_quant_conv is not None:
             z = self.call("vae.post_quant_conv", (z,), dtype=wide)
         return (self.call("vae.decoder", (z,), dtype=wide) * 0.5 + 0.5).clamp(0, 1).float()
-
-    def merged(self) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
-        """Give a stock pipeline whose weights are what this view sees, ready for `save_pretrained`.
-
-        Only the touched components are copied. Raises InputError for a view with guards or hooks: they are code, and
-        a folder of weights would silently lose them.
-        """
-        if self.guards or self.hooks:
-            raise InputError(f"view of {self.name!r} carries guards or hooks, which no diffusers folder can hold")
-        twin = copy.copy(self.pipeline)
-        for part in sorted({path.partition(".")[0] for path in self.weights}):
-            module = copy.deepcopy(self.network[part])
-            for path, tensor in self.weights.items():
-                if path.startswith(part + "."):
-                    module.get_parameter(path.partition(".")[2]).data.copy_(tensor)
-            twin.register_modules(**{part: module})
-        return twin
 
     def _paths(self, group: Group) -> list[str]:
         check_group(group, GROUPS)

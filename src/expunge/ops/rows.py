@@ -1,10 +1,13 @@
 """Rows of conditions and states: points out of a batch, and embedding rows out of a prompt."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from expunge.core.condition import Condition
+from expunge.core.condition import GUIDANCE, Condition
+from expunge.core.errors import InputError
 from expunge.core.generator import State
 
 
@@ -40,3 +43,22 @@ def aligned_tails(target: Condition, anchor: Condition, row: int) -> tuple[Float
     """
     length = target.tokens.shape[1] - max(int(target.last[row]), int(anchor.last[row]))
     return tail_rows(target, row, length), tail_rows(anchor, row, length)
+
+
+def bands(cond: Condition) -> list[Condition]:
+    """Cut a condition into what each encoder wrote, in order, each with its own last word; one band: itself alone."""
+    if not cond.bands:
+        return [cond]
+    parts = [(cond.tokens[:, start:end], cond.mask[:, start:end]) for start, end in cond.bands]
+    return [Condition(tokens=rows, mask=mask, last=(mask.sum(1) - 2).clamp(min=0)) for rows, mask in parts]
+
+
+def at_scales(cond: Condition, scales: Sequence[float]) -> Condition:
+    """Every prompt once at every embedded guidance scale, scale by scale; other models' prompts as they are.
+
+    A guidance-distilled network answers scale g with its own v_u + g (v_c - v_u), each g through its own activations:
+    what was taught at one is only hoped for at another. Raises InputError for no scales.
+    """
+    if not scales:
+        raise InputError("no guidance scales; give one or more, such as 1 and 3.5")
+    return Condition.cat([cond.at(scale) for scale in scales]) if GUIDANCE in cond.extra else cond

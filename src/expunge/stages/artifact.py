@@ -69,15 +69,20 @@ def touched(model: Generator, names: Sequence[str] | Mapping[str, Any]) -> list[
 def fingerprint(model: Generator, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over the base tensors a patch touches, or over the text encoder where it touches none (guards).
 
-    Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them; so do the family
-    and what the network predicts (eps, v), because the same weights read as another parameterization are another model.
+    Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them; so do the
+    family, what the network predicts (eps, v) and whether guidance is distilled into it, because the same weights read
+    in another way are another model.
     """
     paths = touched(model, tensors)
     if not paths:
         paths = sorted(name for name, _ in model.network.named_parameters() if name.startswith("text_encoder"))
-    predicts = sampler_settings(model).get("prediction_type", "")
+    predicts = "distilled" if _distilled(model) else sampler_settings(model).get("prediction_type", "")
     seen = hash_tensors({path: model.weight(path) for path in paths})
     return _files.sha256(f"{model.family} {predicts} {seen}".encode())
+
+
+def _distilled(model: Generator) -> bool:
+    return bool(getattr(model, "distilled", False))
 
 
 def changes(model: Generator, patch: Patch) -> dict[str, float]:
@@ -231,5 +236,7 @@ def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Jo
             "reconstruction": method.reconstruction,
             "uses_anchor": method.uses_anchor,
             "uses_retain": job.eraser.retains,
+            # such a base has no unconditional pass: the prediction under "" at scale 1 stood for it
+            **({"guidance_distilled": True} if _distilled(model) else {}),
         },
     )

@@ -22,7 +22,10 @@ from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.testing.shape import ContractError, expect
 
-TINY: Mapping[str, tuple[str, ...]] = {"unet": ("tiny-unet", "tiny-unet-v", "tiny-sdxl")}
+TINY: Mapping[str, tuple[str, ...]] = {
+    "unet": ("tiny-unet", "tiny-unet-v", "tiny-sdxl"),
+    "mmdit": ("tiny-sd3", "tiny-flux", "tiny-flux-distilled"),
+}
 """Toy models a method is tried on, by the families it claims."""
 
 BRIEF: Mapping[str, Any] = {"steps": 12, "walk": 4, "pool": 6, "batch": 2, "lr": 1e-3}

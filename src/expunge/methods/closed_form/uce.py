@@ -12,7 +12,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Family, Generator
 from expunge.ops.ridge import SharedEdit, shared_edit
-from expunge.ops.rows import aligned_tails, subject_row
+from expunge.ops.rows import aligned_tails, bands, subject_row
 from expunge.patches.weights import WeightPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -25,11 +25,13 @@ class UCE(Eraser):
     W' = argmin strength · Σ ‖W' c − W c*‖² + retain_weight · Σ ‖W' p − W p‖² + ridge · ‖W' − W‖²_F over rows c of
     the target, c* of the anchor, p of what is retained. All layers get W' = W M with one M, so on embeddings where
     M is regular c → M⁻¹ c undoes the edit: closed-form erasure alone is no defence against embedding attacks.
+    MMDiTs hear the prompt by two routes with an M each: every encoder's rows, and the pooled text, one row a prompt.
+    Their layers have biases, which stay as they are and in no goal: the target gives W c* + b.
     Source: arXiv:2308.14761, eq. 7, and the two variants of the authors' code, which are different algorithms.
     """
 
     paper: ClassVar[str] = "arXiv:2308.14761"
-    families: ClassVar[frozenset[Family]] = frozenset({"unet"})
+    families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
 
     mode: Literal["uce2023", "uce2025"] = "uce2023"
     """uce2023, the paper's: every row from the last word to the window's end, both aligned at their last words;
@@ -60,39 +62,56 @@ class UCE(Eraser):
 
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
         """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
-        sites = [site for site in model.sites("text_in") if site.reads == "tokens"]
+        sites = model.sites("text_in")
         if not sites:
             raise InputError(f"uce edits layers that read the prompt alone; family {model.family!r} has none")
         if self.mode == "uce2025" and self.technique == "tensor":
             raise InputError("technique 'tensor' exists for mode 'uce2023' only; legal with 'uce2025': replace")
-        pairs = self._pairs(model, request)
-        edit = self._solve(pairs, self._retained(model, request))
+        texts = [(form.format(t), form.format(a) if a else "") for t, a in request.pairs for form in self.templates]
+        target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
+        retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
+        retained = ["", *retained] if self.mode == "uce2023" else retained
+        kept = model.encode(retained) if retained else None
+        solved = {}
+        for route in sorted({site.reads for site in sites}):
+            pairs = self._pairs(route, target, anchor)
+            solved[route] = pairs, self._solve(pairs, self._held(route, kept), len(retained))
         deltas = {}
         for done, site in enumerate(sites, 1):
+            pairs, edit = solved[site.reads]
             own = replace(edit, moves=self._off_target(site, pairs)) if self.technique == "tensor" else edit
             wide = torch.promote_types(site.weight.dtype, torch.float32)
             deltas[site.path] = own.delta(site.weight).to(wide)
             run.progress("layers", done, len(sites))
         return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
 
-    def _pairs(self, model: Generator, request: Request) -> Pairs:
-        texts = [(form.format(t), form.format(a) if a else "") for t, a in request.pairs for form in self.templates]
-        target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
-        if self.mode == "uce2023":
-            return [aligned_tails(target, anchor, row) for row in range(len(texts))]
-        return [(subject_row(target, row), subject_row(anchor, row)) for row in range(len(texts))]
+    def _pairs(self, route: str, target: Condition, anchor: Condition) -> Pairs:
+        """Rows of the target and what they are sent to, prompt by prompt, all encoders' rows of a prompt together."""
+        if route == "pooled":
+            return list(zip(_pooled(target), _pooled(anchor), strict=True))
+        sides = list(zip(bands(target), bands(anchor), strict=True))
+        pairs = []
+        for row in range(len(target)):
+            if self.mode == "uce2023":
+                found = [aligned_tails(old, new, row) for old, new in sides]
+            else:
+                found = [(subject_row(old, row), subject_row(new, row)) for old, new in sides]
+            pairs.append((torch.cat([old for old, _ in found]), torch.cat([new for _, new in found])))
+        return pairs
 
-    def _retained(self, model: Generator, request: Request) -> list[Tensor]:
-        texts = [form.format(prompt) for concept in request.retain for prompt in concept.prompts for form in self.templates]
+    def _held(self, route: str, kept: Condition | None) -> list[Tensor]:
+        if kept is None:
+            return []
+        if route == "pooled":
+            return _pooled(kept)
         if self.mode == "uce2023":
-            return list(model.encode(["", *texts]).tokens)
-        kept: Condition | None = model.encode(texts) if texts else None
-        return [] if kept is None else [subject_row(kept, row) for row in range(len(texts))]
+            return list(kept.tokens)
+        return [subject_row(band, row) for row in range(len(kept)) for band in bands(kept)]
 
-    def _solve(self, pairs: Pairs, kept: list[Tensor]) -> SharedEdit:
+    def _solve(self, pairs: Pairs, kept: list[Tensor], prompts: int) -> SharedEdit:
         weight = self.retain_weight
         if weight is None:
-            weight = max(0.1, 1 / len(kept)) if self.mode == "uce2023" else 1.0
+            weight = max(0.1, 1 / prompts) if self.mode == "uce2023" else 1.0
         keys, goals = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         rows = torch.cat([*kept, keys[:0]])
         gain, retain_gain = keys.new_full(keys.shape[:1], self.strength), keys.new_full(rows.shape[:1], weight)
@@ -106,3 +125,10 @@ class UCE(Eraser):
             alpha = (before * values).sum() / before.square().sum()
             moves.append(self.strength * (goal.double() - alpha * key.double() - key.double()))
         return torch.cat(moves)
+
+
+def _pooled(cond: Condition) -> list[Tensor]:
+    """Each prompt's pooled text as one row; raises InputError where a model's condition has none."""
+    if cond.pooled is None:
+        raise InputError("a layer reads the pooled text, which this model does not encode")
+    return list(cond.pooled[:, None])

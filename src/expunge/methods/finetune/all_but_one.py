@@ -14,6 +14,7 @@ from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
+from expunge.ops.rows import at_scales
 from expunge.ops.student import Student
 from expunge.ops.surgery import surgical
 from expunge.ops.trajectory import Goals, Walk, predict_each
@@ -27,11 +28,12 @@ class AllButOne(Eraser):
     loss = ‖ g_student(target) − g_goal ‖² + drift_weight · ‖ eps_student("") − eps("") ‖²,
     g(c) = eps(x_t, t, c) − eps(x_t, t, ""), and g_goal = g(anchor) of the frozen model if an alternative is
     given, −strength · g(target) if not. At zero loss the guided sample of the target is the frozen model's guided
-    sample of the anchor, at every guidance scale. Our reading of the abstract, not the authors' algorithm.
+    sample of the anchor, at every guidance scale. Our reading of the abstract, not the authors' algorithm. In flow
+    models eps reads velocity; guidance-distilled ones are held to it at each of `embedded_scales`.
     """
 
     paper: ClassVar[str] = "arXiv:2312.12807"
-    families: ClassVar[frozenset[Family]] = frozenset({"unet"})
+    families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
     reconstruction: ClassVar[bool] = True
 
     group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "cross_attention"
@@ -75,6 +77,9 @@ class AllButOne(Eraser):
     guidance_scale: float = 3.0
     """w in u + w · (c − u) along the trajectory."""
 
+    embedded_scales: tuple[float, ...] = (1.0, 3.5)
+    """Scales a guidance-distilled model is taught at, taking turns; without meaning where guidance is true."""
+
     steps: int = 200
     """Optimizer steps."""
 
@@ -94,11 +99,10 @@ class AllButOne(Eraser):
         student = Student.of(model, self.group)
         kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retains else []
         plan = [(target, anchor, other) for target, anchor in request.pairs for other in kept or [""]]
-        target = model.encode([t for t, _, _ in plan])
-        heading = model.encode([a or t for t, a, _ in plan])  # whose guidance the target is given, times scale
-        scale = torch.tensor([1.0 if a else -self.strength for _, a, _ in plan])
-        other = model.encode([r for _, _, r in plan])
-        uncond = model.encode([""] * len(plan))
+        texts = zip(*((t, a or t, r, "") for t, a, r in plan), strict=True)
+        # heading: whose guidance the target is given, times scale
+        target, heading, other, uncond = (at_scales(model.encode(side), self.embedded_scales) for side in texts)
+        scale = torch.tensor([1.0 if a else -self.strength for _, a, _ in plan]).repeat(len(target) // len(plan))
 
         def teach(state: State, which: Tensor) -> Goals:
             rows = (uncond, heading, other) if kept else (uncond, heading)

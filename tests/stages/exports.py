@@ -83,13 +83,13 @@ def made(place: Path, model: str | Path, patch: Any) -> tuple[Path, Generator]:
     return place, patch.on(base)
 
 
-def applied(file: Path, state: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Add a kohya or `.diff` file to a U-Net's tensors, by the key rules of the design notes (peers, section 5) alone.
+def applied(file: Path, state: Mapping[str, Tensor], prefix: str = "", head: str = "lora_unet_") -> dict[str, Tensor]:
+    """Add a kohya or `.diff` file to a part's tensors, by the key rules of the design notes (peers, section 5) alone.
 
-    Knows nothing of expunge: names with underscores, alpha over rank, differences as they are. A key it cannot place is an error.
+    Knows nothing of expunge: names with underscores, alpha over rank, differences as they are. Unknown keys fail.
     """
     modules = {name.removeprefix(prefix).rpartition(".")[0] for name in state if name.startswith(prefix)}
-    names = {"lora_unet_" + module.replace(".", "_"): prefix + module for module in modules}
+    names = {head + module.replace(".", "_"): prefix + module for module in modules}
     found, result = load_file(file), dict(state)
     for key, tensor in found.items():
         short, _, kind = key.partition(".")

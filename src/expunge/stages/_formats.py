@@ -157,7 +157,7 @@ def _own_factors(patch: Patch, rank: int | None) -> dict[str, Factors]:
     own = max(down.shape[0] for down, _ in patch.factors.values())
     if rank is not None and rank < own:
         return {}
-    return {path: _padded(pair, own) for path, pair in patch.factors.items()}
+    return {path: _padded(*pair, own) for path, pair in patch.factors.items()}
 
 
 def _extracted(maps: Mapping[str, Tensor], rank: int | None) -> dict[str, Factors]:
@@ -174,8 +174,7 @@ def _is_map(path: str, view: UNetGenerator) -> bool:
     return known and isinstance(module, nn.Linear | nn.Conv2d)
 
 
-def _padded(pair: Factors, rank: int) -> Factors:
-    down, up = pair
+def _padded(down: Tensor, up: Tensor, rank: int) -> Factors:
     missing = rank - down.shape[0]
     more = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
     return more, torch.cat([up, up.new_zeros(up.shape[0], missing, *up.shape[2:])], dim=1)

@@ -44,6 +44,6 @@ def test_what_has_no_place_is_named() -> None:
     with pytest.raises(InputError, match="class_embedding"):
         unet_names(["conv_in.weight", "class_embedding.weight"], 2)
     with pytest.raises(InputError, match="layers_per_block"):
-        unet_names(["conv_in.weight"], (1, 2))  # type: ignore[arg-type]
+        unet_names(["conv_in.weight"], (1, 2))
     with pytest.raises(InputError, match="odd"):
         unet_names(["mid_block.resnets.0.odd.weight"], 2)

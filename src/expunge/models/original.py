@@ -5,7 +5,7 @@ diffusers numbers blocks by kind, the original code by place: with L layers per 
 """
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -84,7 +84,7 @@ def checkpoint(view: UNetGenerator) -> dict[str, Tensor]:
     return found
 
 
-def unet_names(names: Iterable[str], layers_per_block: int) -> dict[str, str]:
+def unet_names(names: Iterable[str], layers_per_block: int | Sequence[int]) -> dict[str, str]:
     """Give the original name of each U-Net parameter, by its diffusers name; raises InputError where there is none."""
     known = list(names)
     if not isinstance(layers_per_block, int):

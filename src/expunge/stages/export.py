@@ -27,6 +27,7 @@ FILES = (*FACTORED, "comfy-diff", "merged")
 FORMATS = (*FILES, "pipeline")
 ADAPTERS = (*FACTORED, "comfy-diff")
 LOSSY = 1e-5  # above float32's rounding
+NAMED = 4  # tensors named in a note; a whole network has hundreds
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 GUARD_NOTE = (
     "THIS ARTIFACT IS A GUARD, NOT WEIGHTS: it acts only where expunge runs its code. Written are its card and "
@@ -206,10 +207,12 @@ def _write_adapter(
 
 def _notes(weights: _formats.Weights) -> Iterator[str]:
     if weights.left_out:
+        more = len(weights.left_out) - NAMED
         yield (
             f"NOT IN THIS FILE: {len(weights.left_out)} changed tensors the format cannot hold, "
-            f"{100 * weights.lost:.2g} % of the change: {', '.join(weights.left_out)}; "
-            "comfy-diff, merged and pipeline hold what is in the U-Net, merged and pipeline everything"
+            f"{100 * weights.lost:.2g} % of the change: {', '.join(weights.left_out[:NAMED])}"
+            + (f" and {more} more, all named in --json and in the file's header" if more > 0 else "")
+            + "; comfy-diff holds all of a U-Net's change, merged and pipeline everything"
         )
     if any(name.endswith(".lora_B.bias") for name in weights.tensors):
         yield "the file holds biases (peft's lora_bias): load it, but fuse_lora cannot fold it into layers without one"

@@ -50,7 +50,9 @@ def test_a_method_of_your_own_keeps_the_contract(tmp_path: Path) -> None:
     assert python(ROOT / "examples" / "check_own_method.py", cwd=tmp_path).count("kept:") > 5
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/methods.md", "docs/limits.md", "docs/design.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/methods.md", "docs/limits.md", "docs/design.md", "docs/export.md"]
+)
 def test_documents_promise_no_bound_and_show_no_loose_number(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
     assert not re.search(r"leakage\s*(≤|<=)", text) and not re.search(r"\[(recall|memory)\]", text)
@@ -62,7 +64,7 @@ def test_local_links_lead_somewhere() -> None:
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "erase", "generate", "score", "report", "list"])
+@pytest.mark.parametrize("verb", ["demo", "erase", "export", "generate", "score", "report", "list"])
 def test_every_command_is_documented(verb: str) -> None:
     assert (
         f"expunge {verb}"

@@ -12,6 +12,7 @@ from typer.exceptions import TyperException
 from expunge import __version__
 from expunge.cli.demo import demo
 from expunge.cli.erase import erase
+from expunge.cli.export import export
 from expunge.cli.generate import generate
 from expunge.cli.listing import listing
 from expunge.cli.report import report
@@ -28,7 +29,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
 )
-for command in (demo, erase, generate, score, report):
+for command in (demo, erase, export, generate, score, report):
     app.command()(command)
 app.add_typer(listing, name="list")
 

@@ -103,7 +103,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
         if rank == 0 and step % args.publish == 0:
             release.publish(assemble(trainer.ema), args.run, "emoji-unet", "python -m training.unet")
     if rank == 0:
-        release.publish(assemble(trainer.ema), args.run, "emoji-unet", "python -m training.unet")
+        # the learning rate has fallen to zero: an average would only look back at worse weights
+        release.publish(assemble(net.state_dict()), args.run, "emoji-unet", "python -m training.unet")
 
 
 def main() -> None:

@@ -89,7 +89,8 @@ def test_calibration_agrees_with_what_the_weights_do_now(name):
     points = [judge.operating_point(Concept.of(concept)) for concept in data.concepts]
     claimed = sum(point.sensitivity.value for point in points) / len(points)
     assert fresh == pytest.approx(claimed, abs=0.03)
-    assert all(point.sensitivity.clusters <= 5 for point in points)
+    # clusters are renders, not images: at most four hands in each of five styles
+    assert all(point.sensitivity.clusters < 20 < point.sensitivity.n for point in points)
 
 
 @pytest.mark.parametrize("name", [*JUDGES, "clip_zero_shot"])

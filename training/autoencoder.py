@@ -77,7 +77,7 @@ def main() -> None:
         index = data.train[torch.randint(len(data.train), (args.batch,), generator=random)]
         background = torch.randint(len(world.BACKGROUNDS), (args.batch,), generator=random)
         x = (data.compose(index, background) * 2 - 1).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             with torch.set_grad_enabled(not args.decoder_only):
                 posterior = net.encode(x).latent_dist
             mean, std = posterior.mean.float(), posterior.std.float()

@@ -2,13 +2,17 @@
 
 A byte-level BPE tokenizer is learned from the emoji names and tags; a text and an image tower are then trained with
 a symmetric softmax over caption–image pairs. A caption that leaves style or background open matches every picture
-that agrees with what it says, so targets are spread over all such pictures of the batch.
+that agrees with what it says, so targets are spread over all such pictures of the batch. Beside that, captions alone
+teach the text tower to keep their words apart (training.composition):
+
+    loss = contrast + APART · interaction + together
 """
 
 import argparse
 import csv
 import json
 import tomllib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -17,10 +21,12 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, log_softmax
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from training import build_dataset, loop, world
+from training import build_dataset, composition, loop, world
 
 HERE = Path(__file__).parent
+EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
 LENGTH, VOCABULARY, WIDTH = 32, 3072, 192
+APART, QUADS = 10.0, 16
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
@@ -84,9 +90,17 @@ def jitter(images: Tensor, random: torch.Generator) -> Tensor:
     return (moved * (0.9 + 0.2 * draw[:, 4])[:, None, None, None] + noise).clamp(0, 1)
 
 
-def draw(data: world.World, batch: int, random: torch.Generator) -> tuple[Tensor, list[world.Caption], Tensor]:
-    """Draw pictures, a caption for each, and which picture every caption is true of: "caption picture" bool."""
-    index = data.train[torch.randint(len(data.train), (batch,), generator=random)]
+def draw(
+    data: world.World, batch: int, random: torch.Generator, *, pools: Sequence[Tensor] = ()
+) -> tuple[Tensor, list[world.Caption], Tensor]:
+    """Draw pictures, a caption for each, and which picture every caption is true of: "caption picture" bool.
+
+    From all that may be learned, or as many from each of `pools`.
+    """
+    pools = pools or (data.train,)
+    share = batch // len(pools)
+    index = torch.cat([pool[torch.randint(len(pool), (share,), generator=random)] for pool in pools])
+    batch = len(index)
     background = torch.randint(len(world.BACKGROUNDS), (batch,), generator=random)
     captions = [data.caption(int(i), int(b), random) for i, b in zip(index, background, strict=True)]
     open_concept = torch.tensor([not c.says_concept for c in captions])[:, None]
@@ -112,30 +126,60 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--start", help="published pair to go on from, with its tokenizer, e.g. emoji-clip")
+    parser.add_argument("--extra", action="store_true", help="half of all from other things (build_dataset --extra)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "clip")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
     args = parser.parse_args()
     loop.quiet_cpu()
     torch.manual_seed(args.seed)
-    data = world.load()
-    tokenizer = learn_tokenizer(args.run / "tokenizer", args.cache)
-    net = build(tokenizer)
-    trainer = loop.Trainer(net, args.run, lr=6e-4, steps=args.steps)
+    data, pools = everything(args.extra)
+    net, tokenizer = begin(args)
+    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first)
+    trainer.log(begins=True, steps=args.steps, lr=args.lr, start=args.start, extra=args.extra)
+    speaker = composition.Speaker(data, tokenizer)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step)
-        images, captions, match = draw(data, args.batch, random)
+        images, captions, match = draw(data, args.batch, random, pools=pools)
         ids = tokenizer([c.text for c in captions], padding="max_length", return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             logits = net(input_ids=ids, pixel_values=jitter(images, random) * 2 - 1).logits_per_text.float()
-        return contrast(logits, match)
+            mixed, apart = composition.penalty(net.text_model, speaker.quads(QUADS, random))
+        return contrast(logits, match) + APART * mixed + apart
 
-    for _ in trainer.run(loss):
-        pass
+    for step in trainer.run(loss):
+        if step % 100 == 0:
+            trainer.log(
+                **dict(
+                    zip(("composed", "composed_held_out"), composition.composed(net.text_model, speaker), strict=True)
+                )
+            )
     net.load_state_dict(trainer.ema)
     net.half().save_pretrained(args.run / "model")
-    probe(net.float(), tokenizer, data, trainer)
+    probe(net.float(), tokenizer, world.load(), trainer)
+
+
+def everything(extra: bool) -> tuple[world.World, tuple[Tensor, ...]]:
+    """Emoji world, alone or joined with other things, and what to draw in equal shares."""
+    ours = world.load()
+    if not extra:
+        return ours, (ours.train,)
+    both = world.join(ours, world.load(build_dataset.EXTRA))
+    return both, (ours.train, torch.arange(len(ours.rgba), len(both.rgba)))
+
+
+def begin(args: argparse.Namespace) -> tuple[CLIPModel, CLIPTokenizer]:
+    """Towers and tokenizer: new ones, or a published pair's."""
+    if not args.start:
+        tokenizer = learn_tokenizer(args.run / "tokenizer", args.cache)
+        return build(tokenizer), tokenizer
+    tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / args.start)
+    tokenizer.save_pretrained(args.run / "tokenizer")
+    return CLIPModel.from_pretrained(EMBEDDED / args.start).float(), tokenizer
 
 
 @torch.no_grad()

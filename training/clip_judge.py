@@ -39,7 +39,7 @@ def main() -> None:
         random = loop.rng(args.seed, 1, step)
         images, captions, match = clip.draw(data, args.batch, random)
         ids = tokenizer([c.text for c in captions], padding="max_length", return_tensors="pt").input_ids
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             logits = net(input_ids=ids, pixel_values=judges.augment(images, random) * 2 - 1).logits_per_text.float()
         return clip.contrast(logits, match)
 

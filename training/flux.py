@@ -128,7 +128,7 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
         z, level = pack(z), t[:, None, None]
         e = torch.randn(z.shape, generator=random)
         x = (1 - level) * z + level * e
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             if teacher is None:
                 v = net.velocity(x, t, net.read(ids), pooled)
                 return (v.float() - (e - z)).pow(2).mean()

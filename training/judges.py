@@ -106,7 +106,7 @@ def main() -> None:
         background = torch.randint(len(world.BACKGROUNDS), (args.batch,), generator=random)
         images = (data.compose(index, background) + colour_jitter(args.batch, random)).clamp(0, 1)
         images = augment(images, random).to(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             logits = net(images)
         truth = answers(data, index, background)
         return sum(cross_entropy(logits[h].float(), truth[h], label_smoothing=0.05) for h in HEADS)

@@ -1,5 +1,6 @@
 """What every latent generator learns from: the shared autoencoder, whitened, and latents of all renders, made once."""
 
+import shutil
 from pathlib import Path
 
 import torch
@@ -7,11 +8,12 @@ from diffusers import AutoencoderKL
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import autoencoder, build_dataset, loop, world
+from training import autoencoder, build_dataset, loop, release, world
 
 HERE = Path(__file__).parent
 RUN = HERE / "runs" / "latents"
 WORLD, EXTRA = RUN / "world.safetensors", RUN / "extra.safetensors"
+PUBLISHED = release.EMBEDDED / "emoji-unet" / "vae"
 EXTRA_BACKGROUNDS = 2
 DROP = 0.1
 
@@ -61,16 +63,23 @@ def newer(made: Path, source: Path) -> bool:
 
 
 def prepare() -> None:
-    """Write autoencoder and latents below `RUN`: before training, and again for a newer autoencoder."""
+    """Write autoencoder and latents below `RUN`: before training, and again for a newer autoencoder.
+
+    Where no run of the autoencoder is left, the published one serves: it is whitened already.
+    """
     RUN.mkdir(parents=True, exist_ok=True)
-    if not newer(WORLD, HERE / "runs" / "autoencoder" / "checkpoint.safetensors"):
-        data, vae = world.load(), trained_autoencoder()
+    trained = HERE / "runs" / "autoencoder" / "checkpoint.safetensors"
+    if not newer(WORLD, trained if trained.exists() else PUBLISHED / "diffusion_pytorch_model.safetensors"):
+        data = world.load()
         every = backgrounds_of(data, len(world.BACKGROUNDS))
-        raw = encode_all(vae, data, every)
-        whiten(vae, raw[data.train].flatten(0, 1))
-        vae.half().save_pretrained(RUN / "vae")
+        if trained.exists():
+            vae = trained_autoencoder()
+            whiten(vae, encode_all(vae, data, every)[data.train].flatten(0, 1))
+            vae.half().save_pretrained(RUN / "vae")
+        else:
+            shutil.copytree(PUBLISHED, RUN / "vae", dirs_exist_ok=True)
         # latents of the weights that ship
-        loop.save({"latents": encode_all(vae.float(), data, every)}, WORLD, 0)
+        loop.save({"latents": encode_all(finished(), data, every)}, WORLD, 0)
     if build_dataset.EXTRA.exists() and not newer(EXTRA, WORLD):
         vae = finished()
         others = world.load(build_dataset.EXTRA)
@@ -90,10 +99,14 @@ class Pool:
         self.data = data
         self.latents = load_file(file)["latents"]
         self.backgrounds = backgrounds_of(data, self.latents.shape[1])
+        self.drawn = [data.train[data.style[data.train] == s] for s in range(len(data.styles))]
 
     def draw(self, n: int, random: torch.Generator) -> tuple[Tensor, list[str]]:
-        """Latents "n 16 8 8" and captions of n renders drawn with replacement."""
-        index = self.data.train[torch.randint(len(self.data.train), (n,), generator=random)]
+        """Latents "n 16 8 8" and captions of n renders drawn with replacement, every style as often."""
+        style = torch.randint(len(self.data.styles), (n,), generator=random)
+        index = torch.stack(
+            [self.drawn[s][int(torch.randint(len(self.drawn[s]), (), generator=random))] for s in style]
+        )
         slot = torch.randint(self.latents.shape[1], (n,), generator=random)
         shown = self.backgrounds[index, slot].tolist()
         captions = [self.data.caption(i, b, random).text for i, b in zip(index.tolist(), shown, strict=True)]

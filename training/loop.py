@@ -41,13 +41,22 @@ class Trainer:
     """AdamW with an exponential moving average, resumable from one safetensors file."""
 
     def __init__(
-        self, net: nn.Module, folder: Path, *, lr: float, steps: int, decay: float = 0.999, weight_decay: float = 0.01
+        self,
+        net: nn.Module,
+        folder: Path,
+        *,
+        lr: float,
+        steps: int,
+        first: int = 0,
+        decay: float = 0.999,
+        weight_decay: float = 0.01,
     ) -> None:
-        """Resume from `folder/checkpoint.safetensors` when it is there."""
+        """Resume from `folder/checkpoint.safetensors` when it is there, else begin at step `first`."""
         self.net, self.folder, self.lr, self.steps, self.decay = net, folder, lr, steps, decay
+        self.first = first
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
         self.ema = {name: p.detach().clone() for name, p in net.state_dict().items()}
-        self.step = 0
+        self.step = first
         self.began = time.monotonic()
         if self.file.exists():
             self._resume()
@@ -65,7 +74,7 @@ class Trainer:
         for name, p in self.net.named_parameters():
             moments = {m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq") if f"{m}.{name}" in state}
             if moments:
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step)), **moments}
+                self.optimizer.state[p] = {"step": torch.tensor(float(self.step - self.first)), **moments}
         self._forget_what_was_lost()
 
     def _forget_what_was_lost(self) -> None:
@@ -89,7 +98,7 @@ class Trainer:
         leader = not synced or torch.distributed.get_rank() == 0
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
-                group["lr"] = self.lr * cosine(self.step, self.steps)
+                group["lr"] = self.lr * cosine(self.step - self.first, self.steps - self.first)
             self.optimizer.zero_grad(set_to_none=True)
             value = loss(self.step)
             value.backward()
@@ -107,7 +116,8 @@ class Trainer:
             yield self.step
 
     def _average(self) -> None:
-        rate = min(self.decay, (1 + self.step) / (10 + self.step))
+        made = self.step - self.first
+        rate = min(self.decay, (1 + made) / (10 + made))
         current = self.net.state_dict()
         for name, kept in self.ema.items():
             if kept.dtype.is_floating_point:
@@ -115,7 +125,7 @@ class Trainer:
             else:
                 kept.copy_(current[name])
 
-    def log(self, **values: float) -> None:
+    def log(self, **values: float | str | None) -> None:
         """Append one row to the run's log."""
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": self.step, "seconds": round(time.monotonic() - self.began, 1), **values}
@@ -146,6 +156,11 @@ def join(rank: int, processes: int) -> None:
     if hasattr(os, "sched_setaffinity"):
         # each step waits for the slowest: two processes on one core would halve the speed
         os.sched_setaffinity(0, {rank % (os.cpu_count() or 1)})
+
+
+def mixed() -> torch.autocast:
+    """bfloat16 matrix products where the processor has tiles for them; elsewhere float32 is the faster one."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=torch.cpu._is_amx_tile_supported())
 
 
 def quiet_cpu() -> None:

@@ -43,8 +43,9 @@ def curves() -> None:
     logs = sorted((HERE / "runs").glob("*/log.jsonl"))
     figure, axes = pyplot.subplots(1, len(logs), figsize=(3 * len(logs), 2.4), layout="constrained")
     for log, ax in zip(logs, axes, strict=True):
-        rows = [row for row in map(json.loads, log.read_text().splitlines()) if "loss" in row]
-        ax.plot([r["step"] for r in rows], [r["loss"] for r in rows], lw=1.2)
+        rows = [row for row in map(json.loads, log.read_text().splitlines()) if "loss" in row or "begins" in row]
+        # a stretch's line begins anew: its data, or its loss, may be others
+        ax.plot([r["step"] for r in rows], [r.get("loss", np.nan) for r in rows], lw=1.2)
         ax.set(title=log.parent.name, xlabel="step", yscale="log")
     figure.savefig(OUT / "loss.svg", metadata={"Date": None})
 

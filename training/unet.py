@@ -65,7 +65,7 @@ def objective(net: UNet2DConditionModel, args: argparse.Namespace) -> Callable[[
         t = ((torch.rand(share, generator=random) + strata) / share * 1000).long().clamp(max=999)
         a, s = bars[t].sqrt().view(-1, 1, 1, 1), (1 - bars[t]).sqrt().view(-1, 1, 1, 1)
         e, words = torch.randn(z.shape, generator=random), embed(captions)[0]
-        with torch.autocast("cpu", torch.bfloat16):
+        with loop.mixed():
             v = net(a * z + s * e, t, words).sample
         return (v.float() - (a * e - s * z)).pow(2).mean()
 
@@ -96,9 +96,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
     net = build()
     if args.start:
         net.load_state_dict(load_file(release.EMBEDDED / args.start / "unet" / "diffusion_pytorch_model.safetensors"))
-    trainer = loop.Trainer(net, args.run, lr=8e-4, steps=args.steps, decay=0.9985)
+    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
     if rank == 0:
-        trainer.log(begins=True, steps=args.steps, batch=args.batch, extra=args.extra)
+        trainer.log(begins=True, steps=args.steps, lr=args.lr, batch=args.batch, extra=args.extra)
     for step in trainer.run(objective(net, args), save_every=250):
         if rank == 0 and step % args.publish == 0:
             release.publish(assemble(trainer.ema), args.run, "emoji-unet", "python -m training.unet")
@@ -111,6 +111,8 @@ def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=4500)
+    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
+    parser.add_argument("--lr", type=float, default=8e-4)
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=500)

@@ -90,6 +90,21 @@ class World:
         return Caption(text, "{c}" in form, "{s}" in form, "{b}" in form)
 
 
+def join(ours: World, others: World) -> World:
+    """Both worlds as one, ours first; what `others` holds comes under concepts of its own."""
+    step = len(ours.concepts)
+    return World(
+        rgba=torch.cat([ours.rgba, others.rgba]),
+        concepts=ours.concepts + others.concepts,
+        styles=ours.styles,
+        synonyms={**others.synonyms, **ours.synonyms},
+        categories={**others.categories, **ours.categories},
+        concept=torch.cat([ours.concept, others.concept + step]),
+        style=torch.cat([ours.style, others.style]),
+        held_out=torch.cat([ours.held_out, others.held_out]),
+    )
+
+
 def palette() -> Tensor:
     """Background colours, "k 3" in [0, 1]."""
     return torch.tensor([[int(c[i : i + 2], 16) / 255 for i in (1, 3, 5)] for c in BACKGROUNDS.values()])

@@ -80,7 +80,11 @@ def test_a_route_left_open_is_seen(model: Generator) -> None:
 
 
 def test_all_modes_of_uce_edit_both_routes(model: Generator) -> None:
-    for method in (UCE(mode="uce2025"), UCE(technique="tensor"), UCE(templates=("{}", "image of {}"))):
+    for method in (
+        UCE(mode="uce2025", ridge=0.5),
+        UCE(technique="tensor", ridge=0.5),
+        UCE(templates=("{}", "image of {}"), ridge=0.5),
+    ):
         found = method.erase(model, BERRY, Run()).deltas
         assert {path.rpartition(".")[0].rpartition(".")[2] for path in found} == {"context_embedder", "linear_1"}
 

@@ -68,7 +68,7 @@ def test_strength_zero_changes_nothing_whatever_is_retained(mode: str) -> None:
         assert (
             UCE(mode=mode, strength=0.0, retain_weight=weight).erase(TOY, ask("cat", keep=["car"]), Run()).deltas == {}
         )
-    assert delta(UCE(mode=mode, strength=0.1), ask("cat")).norm() > 1e-3
+    assert delta(UCE(mode=mode, strength=0.1, ridge=0.5), ask("cat")).norm() > 1e-3
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -81,7 +81,7 @@ def test_change_vanishes_as_one_over_ridge(mode: str) -> None:
     assert ratio(1e-2) < 5
 
 
-@pytest.mark.parametrize("method", [UCE(mode="uce2023", retain_weight=0.7), UCE(mode="uce2025", ridge=0.03)])
+@pytest.mark.parametrize("method", [UCE(mode="uce2023", retain_weight=0.7, ridge=0.5), UCE(mode="uce2025", ridge=0.03)])
 def test_solution_is_stationary_for_the_stated_objective(method: UCE) -> None:
     pairs, keep = [("red cat", "dog"), ("bird", "dog")], ["car", "blue car"]
     request = ask("red cat", "bird", keep=keep)
@@ -112,7 +112,7 @@ def test_large_retain_weight_holds_retained_outputs(mode: str) -> None:
     p = rows("car", mode)
 
     def moved(weight: float) -> float:
-        change = delta(UCE(mode=mode, retain_weight=weight), ask("cat", keep=["car"]))
+        change = delta(UCE(mode=mode, retain_weight=weight, ridge=0.5), ask("cat", keep=["car"]))
         return float((p @ change.T).norm() / (p @ TOY.weight(CROSS).T).norm())
 
     assert moved(1e10) < 1e-8
@@ -121,14 +121,14 @@ def test_large_retain_weight_holds_retained_outputs(mode: str) -> None:
 
 def test_rank_is_at_most_the_number_of_erased_rows() -> None:
     one, two = ask("cat"), ask("cat", "bird")
-    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2025"), one)) == 1
-    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2025"), two)) == 2
-    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2023"), one)) == TOY.window - 1
+    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2025", ridge=0.5), one)) == 1
+    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2025", ridge=0.5), two)) == 2
+    assert torch.linalg.matrix_rank(delta(UCE(mode="uce2023", ridge=0.5), one)) == TOY.window - 1
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_order_and_splitting_of_concepts_do_not_matter_but_their_weight_does(mode: str) -> None:
-    method, half = UCE(mode=mode), UCE(mode=mode, strength=0.5)
+    method, half = UCE(mode=mode, ridge=0.5), UCE(mode=mode, strength=0.5, ridge=0.5)
     whole = delta(method, ask("cat", "red bird", keep=["car", "cup"]))
     turned = delta(method, ask("red bird", "cat", keep=["cup", "car"]))
     torch.testing.assert_close(whole, turned, rtol=1e-10, atol=1e-13)
@@ -148,8 +148,8 @@ def test_all_layers_share_one_operator_unless_the_technique_is_tensor() -> None:
         operator = torch.linalg.lstsq(old, new).solution
         return float((old @ operator - new).norm() / (new - old).norm())
 
-    assert misfit(UCE()) < 1e-5
-    assert misfit(UCE(technique="tensor")) > 1e-2
+    assert misfit(UCE(ridge=0.5)) < 1e-5
+    assert misfit(UCE(technique="tensor", ridge=0.5)) > 1e-2
 
 
 def test_tensor_technique_takes_the_targets_own_output_out_of_the_goal() -> None:
@@ -165,39 +165,41 @@ def test_tensor_technique_takes_the_targets_own_output_out_of_the_goal() -> None
     assert along(delta(method, ask("cat"))) < 1e-6
     assert along(delta(UCE(ridge=1e-9, retain_weight=0.0), ask("cat"))) > 1e-2
     with pytest.raises(InputError, match="uce2025"):
-        delta(UCE(mode="uce2025", technique="tensor"), ask("cat"))
+        delta(UCE(mode="uce2025", technique="tensor", ridge=0.5), ask("cat"))
 
 
 def test_no_anchor_is_the_empty_prompt_and_the_modes_are_different_algorithms() -> None:
-    void = delta(UCE(), ask("cat", to="void"))
-    torch.testing.assert_close(delta(UCE(), ask("cat", to=None)), void)
-    assert (delta(UCE(), ask("cat")) - void).norm() > 1e-3
-    assert (delta(UCE(mode="uce2025"), ask("cat")) - delta(UCE(), ask("cat"))).norm() > 1e-3
+    void = delta(UCE(ridge=0.5), ask("cat", to="void"))
+    torch.testing.assert_close(delta(UCE(ridge=0.5), ask("cat", to=None)), void)
+    assert (delta(UCE(ridge=0.5), ask("cat")) - void).norm() > 1e-3
+    assert (delta(UCE(mode="uce2025", ridge=0.5), ask("cat")) - delta(UCE(ridge=0.5), ask("cat"))).norm() > 1e-3
 
 
 def test_templates_edit_the_phrases_they_make() -> None:
-    method = UCE(templates=("{}", "image of {}"))
+    method = UCE(templates=("{}", "image of {}"), ridge=0.5)
     both = Request(
         target=(Concept(name="cat", prompts=("cat", "image of cat")),),
         anchor=(Concept(name="dog", prompts=("dog", "image of dog")),),
     )
-    torch.testing.assert_close(delta(method, ask("cat")), delta(UCE(), both))
-    assert (delta(method, ask("cat")) - delta(UCE(), ask("cat"))).norm() > 1e-3
+    torch.testing.assert_close(delta(method, ask("cat")), delta(UCE(ridge=0.5), both))
+    assert (delta(method, ask("cat")) - delta(UCE(ridge=0.5), ask("cat"))).norm() > 1e-3
     empty = Request(target=both.target, anchor=(None,))  # an empty anchor stays empty in every template
-    torch.testing.assert_close(delta(method, ask("cat", to=None)), delta(UCE(), empty))
+    torch.testing.assert_close(delta(method, ask("cat", to=None)), delta(UCE(ridge=0.5), empty))
 
 
 def test_retain_weight_follows_the_authors_rule() -> None:
     few = ask("cat", keep=["car", "cup", "tree"])
     many = ask("cat", keep=[f"thing{i}" for i in range(20)])
-    torch.testing.assert_close(delta(UCE(), few), delta(UCE(retain_weight=0.25), few))
-    torch.testing.assert_close(delta(UCE(), many), delta(UCE(retain_weight=0.1), many))
-    assert (delta(UCE(), few) - delta(UCE(retain_weight=1.0), few)).norm() > 1e-3
-    torch.testing.assert_close(delta(UCE(mode="uce2025"), few), delta(UCE(mode="uce2025", retain_weight=1.0), few))
+    torch.testing.assert_close(delta(UCE(ridge=0.5), few), delta(UCE(retain_weight=0.25, ridge=0.5), few))
+    torch.testing.assert_close(delta(UCE(ridge=0.5), many), delta(UCE(retain_weight=0.1, ridge=0.5), many))
+    assert (delta(UCE(ridge=0.5), few) - delta(UCE(retain_weight=1.0, ridge=0.5), few)).norm() > 1e-3
+    torch.testing.assert_close(
+        delta(UCE(mode="uce2025", ridge=0.5), few), delta(UCE(mode="uce2025", retain_weight=1.0, ridge=0.5), few)
+    )
 
 
 def test_half_precision_weights_get_float32_deltas_and_keep_their_dtype() -> None:
     model = load("tiny-unet", dtype=torch.bfloat16)
-    patch = UCE().erase(model, Request.of("strawberry", anchor="cat"), Run())
+    patch = UCE(ridge=0.5).erase(model, Request.of("strawberry", anchor="cat"), Run())
     assert {change.dtype for change in patch.deltas.values()} == {torch.float32}
     assert {site.weight.dtype for site in patch.on(model).sites("text_in")} == {torch.bfloat16}

@@ -48,8 +48,9 @@ class UCE(Eraser):
     """b in loss = … + b · Σ ‖W' p − W p‖². None is the authors' rule: max(0.1, 1 / number of retained
     prompts, the empty one counted) in uce2023, 1 in uce2025."""
 
-    ridge: float = 0.5
-    """lam in loss = … + lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5."""
+    ridge: float = 100.0
+    """lam in loss = … + lam · ‖W' − W‖²_F. Larger stays nearer to the old weights. The authors' code: 0.5, which
+    leaves directions that no row holds free to move: on emoji-unet it spoils neighbours (docs/methods.md)."""
 
     templates: tuple[str, ...] = ("{}",)
     """Every target phrase is edited in each of these, its anchor in the same, and what is retained is held in each; an

@@ -32,26 +32,35 @@ def across(pred: Tensor, d: Tensor) -> Tensor:
     return pred - (inner(pred, d) / inner(d, d))[:, None, None, None] * d
 
 
-P, C, A = drawn(0), drawn(1), drawn(2)
+P, C, A, U = drawn(0), drawn(1), drawn(2), drawn(3)
+RESIDUAL = replace(EXACT, mode="residual")
+BOTH = pytest.mark.parametrize("exact", [EXACT, RESIDUAL], ids=["joint", "residual"])
 
 
 def edited(method: DVE, pred: Tensor, *pairs: tuple[Tensor, Tensor]) -> Tensor:
-    return pred - method.removed(pred, [c for c, _ in pairs], [a for _, a in pairs])
+    return pred - method.removed(pred, U, [c for c, _ in pairs], [a for _, a in pairs])
 
 
+@BOTH
 @pytest.mark.parametrize("local", [False, True])
-def test_a_prompt_that_is_the_target_gets_the_anchors_flow(local: bool) -> None:
-    method = replace(EXACT, local=local)
+def test_a_prompt_that_is_the_target_gets_the_anchors_flow(exact: DVE, local: bool) -> None:
+    method = replace(exact, local=local)
     torch.testing.assert_close(edited(method, C, (C, A)), A)
-    assert torch.equal(edited(method, A, (C, A)), A)
+    torch.testing.assert_close(edited(method, A, (C, A)), A)
     assert torch.equal(edited(method, P, (A, A)), P)  # no direction, no NaN
     part = edited(replace(method, threshold=0.25), C, (C, A))
     torch.testing.assert_close(part, A + 0.25 * (C - A))
     assert (edited(replace(method, strength=0.5), C, (C, A)) - A).norm() > 1
 
 
-def test_default_floor_costs_one_part_in_a_million() -> None:
-    torch.testing.assert_close(edited(DVE(threshold=0.0), C, (C, A)), A, rtol=0, atol=1e-5)
+def test_without_an_anchor_both_readings_are_one() -> None:
+    torch.testing.assert_close(edited(EXACT, P, (C, U)), edited(RESIDUAL, P, (C, U)))
+    assert (edited(EXACT, P, (C, A)) - edited(RESIDUAL, P, (C, A))).norm() > 0.1
+
+
+def test_default_floor_costs_a_few_parts_in_a_million() -> None:
+    for mode in ("joint", "residual"):
+        torch.testing.assert_close(edited(DVE(mode=mode, threshold=0.0), C, (C, A)), A, rtol=0, atol=2e-5)
 
 
 def test_raw_mode_is_an_orthogonal_projection() -> None:
@@ -64,67 +73,85 @@ def test_raw_mode_is_an_orthogonal_projection() -> None:
     assert (edited(replace(raw, strength=0.5), half, (C, A)) - half).norm() > 1e-3
 
 
-def test_raw_mode_edits_what_residual_leaves_alone() -> None:
-    """A harmless prompt: v − v(anchor) is orthogonal to d, while the common part of all v is not."""
-    harmless = A + across(P, C - A)
-    torch.testing.assert_close(edited(EXACT, harmless, (C, A)), harmless)
-    assert (edited(replace(EXACT, mode="raw", gate="identity"), harmless, (C, A)) - harmless).norm() > 0.1
+def test_what_harmless_means_differs_by_mode() -> None:
+    """joint: nothing of target and anchor; residual: orthogonal to d as seen from the anchor; raw: to d outright."""
+    away = across(P - U, C - U)
+    rest = across(A - U, C - U)
+    other = U + across(away, rest)  # another concept: its guidance is orthogonal to the target's and the anchor's
+    torch.testing.assert_close(edited(EXACT, other, (C, A)), other)
+    held = (other - edited(RESIDUAL, other, (C, A))).norm() / (C - A).norm()
+    assert 0.2 < held < 0.9
+    plain = A + across(P, C - A)
+    torch.testing.assert_close(edited(replace(RESIDUAL, gate="identity"), plain, (C, A)), plain)
+    for method in (EXACT, replace(EXACT, mode="raw")):
+        assert (edited(replace(method, gate="identity"), plain, (C, A)) - plain).norm() > 0.1
 
 
-def test_gate_leaves_what_points_away_bit_identical() -> None:
+@BOTH
+def test_gate_leaves_what_points_away_bit_identical(exact: DVE) -> None:
     away = A - 0.7 * (C - A)
-    assert torch.equal(edited(EXACT, away, (C, A)), away)
-    torch.testing.assert_close(edited(replace(EXACT, gate="identity"), away, (C, A)), A)
+    assert torch.equal(edited(exact, away, (C, A)), away)
+    torch.testing.assert_close(edited(replace(exact, gate="identity"), away, (C, A)), A)
     weak = A + 0.04 * (C - A)
-    assert torch.equal(edited(DVE(), weak, (C, A)), weak)
-    assert not torch.equal(edited(EXACT, weak, (C, A)), weak)
+    assert torch.equal(edited(replace(exact, threshold=0.05), weak, (C, A)), weak)
+    assert not torch.equal(edited(exact, weak, (C, A)), weak)
 
 
 def test_cosine_gate_asks_for_the_angle_not_the_size() -> None:
     d = C - A
     mixed = A + d + across(P, d) * (d.norm() / across(P, d).norm())  # 45 degrees off
     for bound, acts in ((0.5, True), (0.9, False)):
-        got = edited(replace(EXACT, cosine=bound), mixed, (C, A))
+        got = edited(replace(RESIDUAL, cosine=bound), mixed, (C, A))
         assert torch.equal(got, mixed) != acts
-        torch.testing.assert_close(edited(replace(EXACT, cosine=bound), A + 0.1 * d, (C, A)), A)
+        torch.testing.assert_close(edited(replace(RESIDUAL, cosine=bound), A + 0.1 * d, (C, A)), A)
 
 
-@pytest.mark.parametrize("mode", ["residual", "raw"])
+@pytest.mark.parametrize("mode", ["joint", "residual", "raw"])
 @pytest.mark.parametrize("gate", ["relu", "identity"])
-def test_longer_directions_and_reversed_time_name_the_same_edit(mode: str, gate: str) -> None:
+def test_reversed_time_and_longer_directions_name_the_same_edit(mode: str, gate: str) -> None:
     method = replace(EXACT, mode=mode, gate=gate)
     at_once = edited(method, P, (C, A))
-    torch.testing.assert_close(edited(method, P, (A + 5 * (C - A), A)), at_once)
-    torch.testing.assert_close(edited(method, -P, (-C, -A)), -at_once)
+    torch.testing.assert_close(-P - method.removed(-P, -U, [-C], [-A]), -at_once)
+    far = edited(method, P, (A + 5 * (C - A), A))
+    if mode == "joint":  # the target itself is one of the axes: five times as far is another target
+        assert (far - at_once).norm() > 1e-2
+    else:
+        torch.testing.assert_close(far, at_once)
 
 
-def test_residual_is_the_same_edit_in_noise_and_velocity_and_raw_is_not() -> None:
+@pytest.mark.parametrize("mode", ["joint", "residual"])
+def test_edits_are_the_same_in_noise_and_velocity_and_raw_ones_are_not(mode: str) -> None:
     """eps = x + (1 − t) v at fixed x: affine, so differences are proportional and the raw inner product is not."""
     x, t = drawn(5), 0.3
 
     def eps(v: Tensor) -> Tensor:
         return x + (1 - t) * v
 
-    full = DVE(threshold=0.1, cosine=0.01, floor=1e-3)
-    torch.testing.assert_close(eps(edited(full, P, (C, A))), edited(full, eps(P), (eps(C), eps(A))))
-    raw = replace(EXACT, mode="raw", gate="identity")
-    assert (eps(edited(raw, P, (C, A))) - edited(raw, eps(P), (eps(C), eps(A)))).norm() > 0.1
+    def gap(method: DVE) -> Tensor:
+        there = eps(P) - method.removed(eps(P), eps(U), [eps(C)], [eps(A)])
+        return (eps(edited(method, P, (C, A))) - there).norm()
+
+    assert gap(DVE(mode=mode, threshold=0.1, cosine=0.01, floor=1e-3)) < 1e-9
+    assert gap(replace(EXACT, mode="raw", gate="identity")) > 0.1
 
 
 def test_orthogonal_targets_are_erased_as_if_one_after_the_other() -> None:
     first = C - A
     second = A + across(drawn(7), first)
-    both = edited(EXACT, P, (C, A), (second, A))
-    torch.testing.assert_close(edited(EXACT, edited(EXACT, P, (C, A)), (second, A)), both)
+    both = edited(RESIDUAL, P, (C, A), (second, A))
+    torch.testing.assert_close(edited(RESIDUAL, edited(RESIDUAL, P, (C, A)), (second, A)), both)
     other = drawn(8)  # oblique: the order of single edits would matter, the joint fit has none
-    torch.testing.assert_close(edited(EXACT, P, (C, A), (other, A)), edited(EXACT, P, (other, A), (C, A)))
+    for method in (EXACT, RESIDUAL):
+        torch.testing.assert_close(edited(method, P, (C, A), (other, A)), edited(method, P, (other, A), (C, A)))
+        torch.testing.assert_close(edited(method, other, (C, A), (other, A)), A)
 
 
-def test_a_target_named_twice_is_not_removed_twice() -> None:
-    plain = replace(EXACT, gate="identity")
+@BOTH
+def test_a_target_named_twice_is_not_removed_twice(exact: DVE) -> None:
+    plain = replace(exact, gate="identity")
     torch.testing.assert_close(edited(plain, P, (C, A), (C, A)), edited(plain, P, (C, A)))
-    torch.testing.assert_close(edited(EXACT, C, (C, A), (C, A)), A)
-    two = P - plain.removed(P, [C], [A]) - plain.removed(P, [C], [A])
+    torch.testing.assert_close(edited(exact, C, (C, A), (C, A)), A)
+    two = P - 2 * plain.removed(P, U, [C], [A])
     assert (two - edited(plain, P, (C, A))).norm() > 0.1
 
 

@@ -113,10 +113,7 @@ def test_reversed_time_and_longer_directions_name_the_same_edit(mode: str, gate:
     at_once = edited(method, P, (C, A))
     torch.testing.assert_close(-P - method.removed(-P, -U, [-C], [-A]), -at_once)
     far = edited(method, P, (A + 5 * (C - A), A))
-    if mode == "joint":  # the target itself is one of the axes: five times as far is another target
-        assert (far - at_once).norm() > 1e-2
-    else:
-        torch.testing.assert_close(far, at_once)
+    torch.testing.assert_close(far, at_once)
 
 
 @pytest.mark.parametrize("mode", ["joint", "residual"])
@@ -224,7 +221,7 @@ def test_every_word_of_a_guard_comes_back_from_storage(name: str) -> None:
     model, method = load(name), DVE(strength=1.3, threshold=0.1, cosine=0.01, local=True, t_low=0.1)
     patch = method.erase(model, ONE, Run())
     again = DVE.restore(patch.tensors(), json.loads(json.dumps(patch.meta())))
-    assert again.guard.method == method
+    assert again.meta() == patch.meta() and DVE(**again.meta()["config"]) == method
     assert again.tensors().keys() == patch.tensors().keys()
     assert torch.equal(pictures(again.on(model)), pictures(patch.on(model)))
 

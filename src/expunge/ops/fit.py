@@ -24,8 +24,9 @@ def fit(
     """Move a student's masters down a loss with Adam at a constant step size, without weight decay.
 
     loss: gives the scalar of a step, counted from 0. lr: several step sizes take turns, as losses may. clip: bound on
-    the norm of all gradients together. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports progress. Raises InputError for steps < 1 and when
-    the loss is no longer finite; the masters then hold the last finite step.
+    the norm of all gradients together. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports
+    progress. Raises InputError for steps < 1 and when the loss is no longer finite; the masters then hold the last
+    finite step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")

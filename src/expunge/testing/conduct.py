@@ -78,8 +78,10 @@ class Trial:
         Guards act on the sampler, not on a prediction: there it is the pictures, twelve per concept.
         """
         if self.patch.kind == GuardPatch.kind:
-            twelve = {"seeds": range(12), "guidance_scale": 3.0, "steps": 3}
-            pairs = [seen.generate([concept.phrase] * 12, **twelve) for seen in (self.patch.on(self.model), self.model)]
+            pairs = [
+                seen.generate([concept.phrase] * 12, seeds=range(12), guidance_scale=3.0, steps=3)
+                for seen in (self.patch.on(self.model), self.model)
+            ]
             return float((pairs[0] - pairs[1]).square().mean())
         patched, cond = self.patch.on(self.model), self.model.encode([concept.phrase] * 8)
         state = self.model.visit(cond, rng=Run().rng("probe"), guidance_scale=3.0, steps=8)

@@ -1,6 +1,8 @@
 """EraseAnything: low-rank steps that erase and steps that keep, in turns, on flow transformers (ICML 2025)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -9,6 +11,7 @@ from torch import Tensor
 from expunge.core.concept import Request
 from expunge.core.condition import Condition
 from expunge.core.eraser import Eraser, Run
+from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.contrast import reverse_contrast
 from expunge.ops.fit import fit
@@ -30,13 +33,16 @@ class EraseAnything(Eraser):
     goal = n − strength · (v(target) − n), n = v(anchor);
     odd steps: keep_weight · ‖v'(x_t, other) − (eps − x_0)‖² + contrast_weight · reverse_contrast(F', F_near, F_far).
     v' and F' are the student's, all else the frozen model's. F: where the image attends to a word, on image rows, mean
-    over heads and blocks. Alternation stands for the paper's bi-level problem, as in its code. Not taken from that code:
+    over heads and blocks. Alternation stands for the paper's bi-level problem, as in its code. Not taken from it:
     a teacher that drifts along, states of the wrong noise level, keeping on pictures of the target itself, and a
     contrast that never pulls towards other words. The other pictures x_0 are the frozen model's own.
     """
 
     paper: ClassVar[str] = "arXiv:2412.20413"
     families: ClassVar[frozenset[Family]] = frozenset({"mmdit"})
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"moves_the_target_more_than_what_is_retained": "An untrained toy's pictures hold no flow that could be kept."}
+    )
 
     strength: float = 1.0
     """eta in goal = n − eta · (v(target) − n), n under the anchor, or "" without one. The authors' code: 1."""
@@ -98,13 +104,13 @@ class EraseAnything(Eraser):
 
     def erase(self, model: Generator, request: Request, run: Run) -> LowRankPatch:
         """Patch of low-rank factors on `add_q_proj` and `add_k_proj` of every double block."""
+        if not self.irrelevant or {word for word, _ in request.pairs} & set(self.irrelevant):
+            raise InputError(f"irrelevant is {self.irrelevant}; legal: one word or more, none of them a target")
         paths = [f"{path}.add_{part}_proj.weight" for path in joint_attention(model) for part in "qk"]
         student = LowRankStudent.of(model, paths, rank=self.rank, rng=run.rng("factors"))
         lines, anchors, near = self._lines(request, run)
-        target, *others = (
-            Shown.of(model, side, self.embedded_scales)
-            for side in (lines, near, *([line.about(word) for line in lines] for word in self.irrelevant))
-        )
+        sides = (lines, near, *([line.about(word) for line in lines] for word in self.irrelevant))
+        target, *others = (Shown.of(model, side, self.embedded_scales) for side in sides)
         neutral = at_scales(model.encode(anchors), self.embedded_scales)
 
         def teach(state: State, which: Tensor) -> Goals:
@@ -123,8 +129,7 @@ class EraseAnything(Eraser):
             row = target.take(now.which)
             pred, maps = attended(view, now.state, row, self.blocks)
             if step % 2 == 0:
-                erased = model.distance(pred, goal) + self.attention_weight * mass(maps, row.columns)
-                return erased.mean()
+                return (model.distance(pred, goal) + self.attention_weight * mass(maps, row.columns)).mean()
             unlike = reverse_contrast(feature(maps, row.columns), near, far, self.temperature).mean()
             index = torch.randint(len(clean), (self.batch,), generator=run.rng("picture", step))
             kept = flow_matching(view, clean[index], texts.take(index), run.rng("noise", step)).mean()
@@ -139,9 +144,9 @@ class EraseAnything(Eraser):
         near = [c.prompts[i - 1] for c in request.target for i in range(len(c.prompts))]
         turns = [i % len(pairs) for i in range(max(len(pairs), self.pool // len(self.embedded_scales or (1,))))]
         lines = wordings(self.template, [pairs[i][0] for i in turns], self.shuffle, run.rng("wording"))
-        along = list(zip(lines, turns, strict=True))
-        anchors = [line.about(pairs[i][1]).text if pairs[i][1] else "" for line, i in along]
-        return lines, anchors, [line.about(near[i]) for line, i in along]
+        sent = [pairs[i][1] for i in turns]
+        anchors = [line.about(to).text if to else "" for line, to in zip(lines, sent, strict=True)]
+        return lines, anchors, [line.about(near[i]) for line, i in zip(lines, turns, strict=True)]
 
     def _kept(self, model: Generator, request: Request, run: Run) -> tuple[Tensor, Condition]:
         """Latents and prompts of the pictures that are kept: of what is retained, or of the irrelevant words."""

@@ -13,14 +13,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expunge.core.concept import Request
-from expunge.core.condition import GUIDANCE, Condition
+from expunge.core.condition import Condition
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
-from expunge.core.generator import Family, Generator, State
+from expunge.core.generator import Family, Generator
 from expunge.ops.directions import coefficients, cosines, from_rows, to_rows
-from expunge.ops.trajectory import predict_each
-from expunge.patches.guard import GuardPatch, PassGuard, condition_of, condition_tensors
-
+from expunge.ops.steer import Steer
+from expunge.patches.guard import GuardPatch, condition_of, condition_tensors
 
 Preds = list[Float[Tensor, "b c h w"]]
 
@@ -29,7 +28,7 @@ Preds = list[Float[Tensor, "b c h w"]]
 class DVE(Eraser):
     """Reconstruction: subtract what the guided prediction holds of the direction from anchor to target.
 
-    v' = v − strength · Σ_k relu(alpha_k − threshold) · d_k,  d_k = v(target_k) − v(anchor_k), all v guided at one scale.
+    v' = v − strength · Σ_k relu(alpha_k − threshold) · d_k,  d_k = v(target_k) − v(anchor_k), all v guided.
     alpha_k: how much of the target v holds, see mode. A prompt that is the target gets the anchor's flow (threshold 0),
     one that holds nothing of it stays. Differences at one state are proportional in velocity, noise and v-prediction,
     so alpha is the same number in all of them. Our reading of the abstract, not the authors' algorithm. Costs one more
@@ -64,7 +63,7 @@ class DVE(Eraser):
     """Fit alpha at every place of the latent on its own, over channels, instead of once per sample."""
 
     floor: float = 1e-6
-    """rho in alpha = ⟨r, d⟩ / (‖d‖² + rho · ‖r‖²): a direction a thousand times smaller than what is fitted is noise."""
+    """rho in alpha = ⟨r, d⟩ / (‖d‖² + rho · ‖r‖²), r what is fitted: far smaller directions are noise."""
 
     t_low: float = 0.0
     """No intervention below this t. t is the share of noise in flow models, timestep / N in U-Nets; 1 = noise."""
@@ -107,45 +106,6 @@ class DVE(Eraser):
 
     def _patch(self, target: Condition, anchor: Condition) -> GuardPatch:
         state = {**condition_tensors(target, "target"), **condition_tensors(anchor, "anchor")}
+        window = (self.t_low, self.t_high) if self.strength else None
         facts = {"config": asdict(self), "bands": [list(band) for band in target.bands]}
-        return GuardPatch(_Steer(self, target, anchor), state, facts)
-
-
-@dataclass(frozen=True)
-class _Steer(PassGuard):
-    """Asks the network about every target and anchor at each state, and hands the rest to DVE's `removed`."""
-
-    method: DVE
-    target: Condition
-    anchor: Condition
-
-    def combine(
-        self,
-        model: Generator,
-        state: State,
-        cond: Float[Tensor, "b ..."],
-        uncond: Float[Tensor, "b ..."],
-        scale: float,
-    ) -> Float[Tensor, "b ..."]:
-        """The sampler's guided prediction without the targets' part, inside the window of t."""
-        guided = super().combine(model, state, cond, uncond, scale)
-        inside = self._inside(state)
-        if self.method.strength == 0 or not bool(inside.any()):
-            return guided
-        preds = predict_each(model, state, self._rows(state, scale))
-        # An embedded scale has already been applied by the network; a true one is applied here.
-        embedded = GUIDANCE in self.target.extra
-        whole = [pred if embedded else uncond + scale * (pred - uncond) for pred in preds]
-        count = len(self.target)
-        removed = self.method.removed(guided, uncond, whole[:count], whole[count:])
-        return torch.where(inside[:, None, None, None], guided - removed, guided)
-
-    def _inside(self, state: State) -> Tensor:
-        if state.t is None:
-            raise InputError("dve needs a denoiser's state; this one has no noise level t")
-        return (state.t >= self.method.t_low) & (state.t <= self.method.t_high)
-
-    def _rows(self, state: State, scale: float) -> list[Condition]:
-        every = Condition.cat([self.target, self.anchor]).at(scale).to(state.x.device)
-        same = torch.zeros(len(state.x), dtype=torch.long, device=state.x.device)
-        return [every.take(same + index) for index in range(len(every))]
+        return GuardPatch(Steer(self.removed, target, anchor, window), state, facts)

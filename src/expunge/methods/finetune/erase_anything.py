@@ -32,10 +32,9 @@ class EraseAnything(Eraser):
     even steps: ‖v'(target) − goal‖² + attention_weight · Σ attention of the image to the target's words,
     goal = n − strength · (v(target) − n), n = v(anchor);
     odd steps: keep_weight · ‖v'(x_t, other) − (eps − x_0)‖² + contrast_weight · reverse_contrast(F', F_near, F_far).
-    v' and F' are the student's, all else the frozen model's. F: where the image attends to a word, on image rows, mean
-    over heads and blocks. Alternation stands for the paper's bi-level problem, as in its code. Not taken from it:
-    a teacher that drifts along, states of the wrong noise level, keeping on pictures of the target itself, and a
-    contrast that never pulls towards other words. The other pictures x_0 are the frozen model's own.
+    v', F' the student's, all else the frozen model's, pictures x_0 too. F: where the image attends to a word. Turns stand
+    for the paper's bi-level problem, as in its code; that code's drifting teacher, misplaced noise levels, pictures of
+    the target kept and one-sided contrast are not taken over.
     """
 
     paper: ClassVar[str] = "arXiv:2412.20413"
@@ -79,7 +78,7 @@ class EraseAnything(Eraser):
     """States on the target's paths, walked up front by the frozen model and taught there; each step draws `batch`."""
 
     pictures: int = 16
-    """Pictures of other things, drawn up front."""
+    """Pictures of other things, drawn up front at guidance scale 1."""
 
     walk: int = 28
     """Sampler steps of a path or a picture. The paper: 28."""
@@ -115,8 +114,8 @@ class EraseAnything(Eraser):
 
         def teach(state: State, which: Tensor) -> Goals:
             n, c = predict_each(model, state, [neutral.take(which), target.cond.take(which)])
-            rows = [other.take(which) for other in others]
-            near, *far = (feature(attended(model, state, row, self.blocks)[1], row.columns) for row in rows)
+            rows = (other.take(which) for other in others)
+            near, *far = (feature(attended(model, state, r, self.blocks)[1], r.columns) for r in rows)
             return guide(n, c, -self.strength), near, torch.stack(far, 1)
 
         walk = Walk(prompts=target.cond, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
@@ -125,32 +124,28 @@ class EraseAnything(Eraser):
 
         def loss(step: int) -> Tensor:
             now, view = lesson(step), student.view()
-            goal, near, far = now.goals
-            row = target.take(now.which)
+            (goal, near, far), row = now.goals, target.take(now.which)
             pred, maps = attended(view, now.state, row, self.blocks)
             if step % 2 == 0:
                 return (model.distance(pred, goal) + self.attention_weight * mass(maps, row.columns)).mean()
             unlike = reverse_contrast(feature(maps, row.columns), near, far, self.temperature).mean()
-            index = torch.randint(len(clean), (self.batch,), generator=run.rng("picture", step))
-            kept = flow_matching(view, clean[index], texts.take(index), run.rng("noise", step)).mean()
+            i = torch.randint(len(clean), (self.batch,), generator=run.rng("picture", step))
+            kept = flow_matching(view, clean[i], texts.take(i), run.rng("noise", step)).mean()
             return self.keep_weight * kept + self.contrast_weight * unlike
 
         fit(student, loss, run, steps=self.steps, lr=(self.lr, self.keep_lr))
         return student.patch()
 
     def _lines(self, request: Request, run: Run) -> tuple[list[Wording], list[str], list[Wording]]:
-        """Shuffled sentences about the target's phrases in turns, with their anchors' texts and near phrases' lines."""
         pairs = list(request.pairs)
         near = [c.prompts[i - 1] for c in request.target for i in range(len(c.prompts))]
         turns = [i % len(pairs) for i in range(max(len(pairs), self.pool // len(self.embedded_scales or (1,))))]
         lines = wordings(self.template, [pairs[i][0] for i in turns], self.shuffle, run.rng("wording"))
-        sent = [pairs[i][1] for i in turns]
-        anchors = [line.about(to).text if to else "" for line, to in zip(lines, sent, strict=True)]
+        anchors = [x.about(pairs[i][1]).text if pairs[i][1] else "" for x, i in zip(lines, turns, strict=True)]
         return lines, anchors, [line.about(near[i]) for line, i in zip(lines, turns, strict=True)]
 
     def _kept(self, model: Generator, request: Request, run: Run) -> tuple[Tensor, Condition]:
-        """Latents and prompts of the pictures that are kept: of what is retained, or of the irrelevant words."""
         phrases = [prompt for concept in request.retain for prompt in concept.prompts] or list(self.irrelevant)
-        turns = [phrases[i % len(phrases)] for i in range(max(self.pictures, len(phrases)))]
-        texts = [line.text for line in wordings(self.template, turns, 0.0, run.rng("kept"))]
+        phrases *= max(1, self.pictures // len(phrases))
+        texts = [line.text for line in wordings(self.template, phrases, 0.0, run.rng("kept"))]
         return own_latents(model, texts, run, steps=self.walk), model.encode(texts)

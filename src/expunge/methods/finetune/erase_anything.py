@@ -32,9 +32,8 @@ class EraseAnything(Eraser):
     even steps: ‖v'(target) − goal‖² + attention_weight · Σ attention of the image to the target's words,
     goal = n − strength · (v(target) − n), n = v(anchor);
     odd steps: keep_weight · ‖v'(x_t, other) − (eps − x_0)‖² + contrast_weight · reverse_contrast(F', F_near, F_far).
-    v', F' the student's, all else the frozen model's, pictures x_0 too. F: where the image attends to a word. Turns stand
-    for the paper's bi-level problem, as in its code; that code's drifting teacher, misplaced noise levels, pictures of
-    the target kept and one-sided contrast are not taken over.
+    v', F' the student's, the rest and the x_0 the frozen model's. F: where the image attends to a word. Turns stand for
+    the bi-level problem, as in the authors' code, whose faults (drifting teacher, wrong noise levels) are not kept.
     """
 
     paper: ClassVar[str] = "arXiv:2412.20413"

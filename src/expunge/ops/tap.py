@@ -56,7 +56,7 @@ class Tap:
     """Attention from image positions to text in the double blocks, of the one call made with `hooks`.
 
     Queries and keys are taken behind their norms, as this view makes them, and rotated as the block does; the softmax
-    runs over text and image keys together. Differentiable, also where the network checkpoints its activations.
+    runs over text and image keys together. Differentiable.
     """
 
     hooks: tuple[Hook, ...]

@@ -44,7 +44,8 @@ class DVE(Eraser):
     """What alpha is. joint: the target's coefficient in the fit of v − u by v(target) − u and v(anchor) − u, u
     unconditional. residual: that of v − v(anchor) by d; anything unlike the anchor then seems partly the target,
     while jointly a longer sentence with the target in it shows less of it. raw: that of v by d, the abstract's literal
-    reading; most of v is common to all prompts, so harmless ones are edited too, and only flow velocity gives it a meaning."""
+    reading; most of v is common to all prompts, so harmless ones are edited too, and only flow velocity gives it a
+    meaning."""
 
     gate: Literal["relu", "identity"] = "relu"
     """relu: act only where the prompt points towards the target. identity: an orthogonal projection, both ways, whose

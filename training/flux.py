@@ -3,7 +3,8 @@
 Rectified flow: x = (1 - t) z + t e, loss = ||F(x, t, text) - (e - z)||^2, t logit-normal; one caption in ten is empty.
 Pooled text comes from the in-domain CLIP, frozen; the T5-type encoder learns along with the transformer, since no
 other task here would teach it; SPELL times the terms of training.composition keep its words apart. With --distil a
-student that reads the scale g, from the finished model's weights, learns its guided answer v_u + g (v_c - v_u), g uniform in [1, 5], under text encoders that no longer move.
+student that reads the scale g, from the finished model's weights, learns its guided answer v_u + g (v_c - v_u), g
+uniform in [1, 5], under text encoders that no longer move.
 """
 
 import argparse

@@ -134,7 +134,8 @@ def test_what_a_method_ignores_is_said(tmp_path: Path, expunge) -> None:
     words = ("erase", "tiny-unet", "--target", "cat", "--anchor", "dog", "--retain", "car")
     esd = expunge(*words, "--method", "esd", *brief, "--out", tmp_path / "esd")
     assert "esd uses no anchor" in esd.err and "esd uses no retained" in esd.err
-    ours = expunge(*words, "--method", "all_but_one", *brief, "--out", tmp_path / "ours")
+    free = ("--set", "retain_weight=0", *brief)
+    ours = expunge(*words, "--method", "all_but_one", *free, "--out", tmp_path / "ours")
     assert "all_but_one uses no retained" in ours.err and "anchor" not in ours.err
     uce = expunge(*words, "--method", "uce", "--out", tmp_path / "uce")
     assert "uses no" not in uce.err

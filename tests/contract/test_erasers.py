@@ -20,11 +20,11 @@ CASES = [
 ]
 # What a method does by other settings than its defaults; one toy suffices, the families were tried above.
 VARIANTS = {
-    "esd-u": ("esd", {"group": "non_cross_attention"}),
+    "esd-x": ("esd", {"group": "cross_attention"}),
     "esd-all": ("esd", {"group": "all"}),
     "uce2025": ("uce", {"mode": "uce2025"}),
     "uce-tensor": ("uce", {"technique": "tensor"}),
-    "all_but_one-projection": ("all_but_one", {"constraint": "projection"}),
+    "all_but_one-projection": ("all_but_one", {"constraint": "projection", "group": "cross_attention"}),
     "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
 }
 # On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move; four steps of

@@ -19,7 +19,7 @@ from expunge.ops.surgery import dot, project_conflict, surgical
 from expunge.ops.trajectory import Goals, Lesson, Teach, Walk, predict_each, uncond_drift
 
 TOY = LinearToy.seeded()
-SHORT = {"steps": 8, "pool": 6, "walk": 4, "batch": 2, "lr": 1e-3}
+SHORT = {"group": "cross_attention", "steps": 8, "pool": 6, "walk": 4, "batch": 2, "lr": 1e-3}
 LONG = {"steps": 250, "pool": 6, "walk": 4, "batch": 3, "lr": 1e-2}
 LONGER = {**LONG, "steps": 800}  # several concepts at once
 CAT, CAT_TO_DOG = Request.of("cat"), Request.of("cat", anchor="dog")
@@ -64,7 +64,7 @@ def descend(loss: Callable[[Generator, Lesson], Tensor], teach: Teach, steps: in
 @pytest.mark.parametrize("through", [False, True])
 def test_alternative_that_reads_as_the_target_changes_nothing(constraint: str, through: bool) -> None:
     toy = LinearToy(network=TOY.network, aliases={"feline": "cat"})
-    method = AllButOne(constraint=constraint, grad_through_uncond=through, group="all", **SHORT)
+    method = AllButOne(constraint=constraint, grad_through_uncond=through, **{**SHORT, "group": "all"})
     same, log = train(method, Request.of("cat", anchor="feline"), toy)
     assert max(log["loss"]) < 1e-25 and max(log["grad_norm"]) < 1e-12
     assert same.weights_equal(TOY)
@@ -233,7 +233,7 @@ def test_retained_guidance_is_held_only_if_asked() -> None:
 
 def test_constraint_lowers_the_drift_on_a_unet() -> None:
     model, request = load("tiny-unet"), Request.of("strawberry", anchor="dog")
-    brief = {"steps": 15, "pool": 6, "walk": 4, "batch": 3, "lr": 1e-3}
+    brief = {"group": "cross_attention", "steps": 15, "pool": 6, "walk": 4, "batch": 3, "lr": 1e-3}
 
     def after(**fields: object) -> float:
         return drift(train(AllButOne(**{**brief, **fields}), request, model)[0], model)
@@ -251,7 +251,7 @@ def test_constraint_lowers_the_drift_on_a_unet() -> None:
 
 def test_prompt_layers_cannot_drift_where_the_empty_prompt_is_zeros() -> None:
     """SDXL encodes "" as zeros: keys and values of it are zero under any weights, on SD types they are not."""
-    method = AllButOne(group="cross_kv", drift_weight=0.0, **SHORT)
+    method = AllButOne(drift_weight=0.0, **{**SHORT, "group": "cross_kv"})
     for name, moves in (("tiny-sdxl", False), ("tiny-unet", True)):
         model = load(name)
         edited, log = train(method, Request.of("strawberry", anchor="dog"), model)

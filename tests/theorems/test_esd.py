@@ -20,7 +20,7 @@ from expunge.models.unet import unet_paths
 from expunge.ops.trajectory import Goals, Walk, uncond_drift
 
 TOY = LinearToy.seeded()
-SHORT = {"steps": 8, "pool": 6, "walk": 4, "batch": 2, "lr": 1e-3}
+SHORT = {"group": "cross_attention", "steps": 8, "pool": 6, "walk": 4, "batch": 2, "lr": 1e-3}
 CAT = Request.of("cat")
 
 
@@ -196,6 +196,6 @@ def test_student_trajectory_follows_the_student_and_the_teachers_does_not() -> N
     base, moved = walk.fresh(lambda: TOY, nothing, Run()), walk.fresh(lambda: edited, nothing, Run())
     assert torch.equal(base(3).state.x, walk.fresh(lambda: TOY, nothing, Run())(3).state.x)
     assert not torch.equal(base(3).state.x, moved(3).state.x)
-    fresh, _ = train(ESD(trajectory="student", group="all", **SHORT))
-    pooled, _ = train(ESD(trajectory="teacher", group="all", **SHORT))
+    fresh, _ = train(ESD(**{**SHORT, "trajectory": "student", "group": "all"}))
+    pooled, _ = train(ESD(**{**SHORT, "trajectory": "teacher", "group": "all"}))
     assert not torch.equal(fresh.weight(SELF), pooled.weight(SELF))

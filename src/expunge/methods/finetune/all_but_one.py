@@ -36,7 +36,7 @@ class AllButOne(Eraser):
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
     reconstruction: ClassVar[bool] = True
 
-    group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "cross_attention"
+    group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "non_cross_attention"
     """What is trained. Every choice moves the empty prompt's prediction too, so the second term is not vacuous, but for
     cross_kv where the empty prompt is encoded as zeros (SDXL)."""
 
@@ -56,7 +56,7 @@ class AllButOne(Eraser):
     conditional branch chases an unconditional one that shared weights drag along. On toy U-Nets that left more drift
     and no better guidance at every drift_weight tried, more than twice the drift at 0."""
 
-    retain_weight: float = 0.0
+    retain_weight: float = 1.0
     """Weight of ‖ g_student(r) − g(r) ‖² at the target's states, retained prompts r taking turns; 0 leaves it out."""
 
     drift_budget: float = 1e-4
@@ -80,10 +80,10 @@ class AllButOne(Eraser):
     embedded_scales: tuple[float, ...] = (1.0, 3.5)
     """Scales a guidance-distilled model is taught at, taking turns; without meaning where guidance is true."""
 
-    steps: int = 200
+    steps: int = 150
     """Optimizer steps."""
 
-    lr: float = 5e-5
+    lr: float = 2e-5
     """Adam's step size, constant."""
 
     batch: int = 4

@@ -40,9 +40,9 @@ class ESD(Eraser):
         }
     )
 
-    group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "cross_attention"
-    """What is trained. The paper: ESD-x (cross_attention) for styles, ESD-u (non_cross_attention) for objects and
-    nudity. ESD-x-strict (cross_kv) and all come from the authors' later code."""
+    group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "non_cross_attention"
+    """What is trained. The paper: ESD-u (non_cross_attention) for objects and nudity, ESD-x (cross_attention) for
+    styles. ESD-x-strict (cross_kv) and all come from the authors' later code."""
 
     strength: float = 1.0
     """eta in goal = u − eta · (c − u). 0: the target becomes the empty prompt; −1: nothing changes. The paper: 1, up
@@ -71,8 +71,8 @@ class ESD(Eraser):
     steps: int = 200
     """Optimizer steps. The paper: 1000 at batch 1; the authors' later code: 200."""
 
-    lr: float = 5e-5
-    """Adam's step size, constant. The paper: 1e-5; the authors' later code: 5e-5 for 200 steps."""
+    lr: float = 2e-5
+    """Adam's step size, constant. The paper: 1e-5; the authors' later code: 5e-5 for 200 steps of ESD-x."""
 
     batch: int = 4
     """States per step. The paper: 1."""

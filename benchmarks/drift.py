@@ -28,7 +28,7 @@ from expunge.suites.load import load as load_suite
 
 RESULTS = Path(__file__).parent / "results"
 METHODS = ("esd", "all_but_one")
-LADDER = (10, 20, 40, 80, 160)
+LADDER = (40, 80, 160, 320)
 LIMIT = 0.10
 STATES = 32
 

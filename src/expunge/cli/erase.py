@@ -14,6 +14,7 @@ from expunge.core.card import Card
 from expunge.core.concept import Kind
 from expunge.core.errors import InputError
 from expunge.models._names import settled
+from expunge.report import words
 
 if TYPE_CHECKING:
     from expunge.stages.recipe import Recipe
@@ -151,5 +152,5 @@ def outcome(card: Card) -> str:
     share, size = 100 * card.patch.share, card.patch.bytes / 1e6
     return (
         f"{card.method} erased {names} from {card.base.name}: {len(card.patch.layers)} tensors, "
-        f"{share:.2f} % of the parameters, {size:.2f} MB, {card.run.seconds:.1f} s"
+        f"{share:.2f} % of the parameters, {size:.2f} MB, {words.span(card.run.seconds)}"
     )

@@ -84,6 +84,8 @@ def size(count: int) -> str:
 
 def span(seconds: float) -> str:
     """Write a duration in the unit a person would use."""
+    if seconds < 1:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 90:
         return f"{seconds:.1f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from expunge.report import render
+from expunge.report.page import render
 from report.made_run import write_run
 
 

@@ -11,7 +11,8 @@ import pytest
 from pyarrow.parquet import read_table
 
 from expunge.core.errors import InputError
-from expunge.report import render, views, words
+from expunge.report import views, words
+from expunge.report.page import render
 from expunge.report.pictures import data_address
 from report.made_run import ARMS, DETECTORS, NEIGHBOURS, write_run
 
@@ -223,7 +224,7 @@ def test_large_pictures_are_scaled(tmp_path: Path) -> None:
 
 def test_rendering_needs_no_torch(run_folder: Path) -> None:
     program = (
-        f"import sys; from pathlib import Path; from expunge.report import render; "
+        f"import sys; from pathlib import Path; from expunge.report.page import render; "
         f"page = render(Path({str(run_folder)!r})); print(len(page), 'torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

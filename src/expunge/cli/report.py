@@ -23,7 +23,7 @@ def report(
 
 def write_page(folder: Path) -> Path:
     """Render a run folder's page beside its numbers, whole or not at all."""
-    from expunge.report import render
+    from expunge.report.page import render
     from expunge.stages._files import write_bytes
 
     page = folder / "report.html"

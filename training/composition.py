@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
-from transformers import CLIPTokenizer
+from transformers import PreTrainedTokenizerBase
 
 from training import world
 
@@ -29,25 +29,20 @@ class Quads:
 class Speaker:
     """Writes captions of seen pairs and knows at which tokens their words end."""
 
-    def __init__(self, data: world.World, tokenizer: CLIPTokenizer) -> None:
+    def __init__(self, data: world.World, tokenizer: PreTrainedTokenizerBase) -> None:
         """Note which styles every concept was seen in."""
         self.data, self.tokenizer = data, tokenizer
         seen = set(zip(data.concept[data.train].tolist(), data.style[data.train].tolist(), strict=True))
         self.styles = [[s for s in range(len(data.styles)) if (c, s) in seen] for c in range(len(data.concepts))]
 
-    def pieces(self, text: str) -> list[int]:
-        """Tokens of words without start and end."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
     def say(self, form: str, name: str, style: str, background: str) -> tuple[list[int], list[int]]:
         """Token ids of a caption, and the places where name, style, background and the whole end."""
-        ids, ends = [self.tokenizer.bos_token_id], {}
-        for part in form.replace("{", "|{").replace("}", "}|").split("|"):
-            ids += self.pieces(part.format(c=name, s=style, b=background))
-            ends[part] = len(ids) - 1
-        room = self.tokenizer.model_max_length - len(ids)
-        places = [ends["{c}"], ends["{s}"], ends["{b}"], len(ids)]
-        return ids + [self.tokenizer.eos_token_id] * room, places
+        words = {"c": name, "s": style, "b": background}
+        ends = [len(form.partition(f"{{{key}}}")[0].format(**words)) + len(word) for key, word in words.items()]
+        said = self.tokenizer(form.format(**words), padding="max_length", return_offsets_mapping=True)
+        spans = said.offset_mapping
+        places = [max(i for i, (start, end) in enumerate(spans) if start < last <= end) for last in ends]
+        return said.input_ids, [*places, max(i for i, (_, end) in enumerate(spans) if end) + 1]
 
     def quads(self, n: int, random: torch.Generator) -> Quads:
         """Draw n quads of one form and background each."""

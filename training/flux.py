@@ -2,8 +2,9 @@
 
 Rectified flow: x = (1 - t) z + t e, loss = ||F(x, t, text) - (e - z)||^2, t logit-normal; one caption in ten is empty.
 Pooled text comes from the in-domain CLIP, frozen; the T5-type encoder learns along with the transformer, since no
-other task here would teach it. With --distil a student that reads the scale g, from the finished model's weights,
-learns its guided answer v_u + g (v_c - v_u), g uniform in [1, 5], under text encoders that no longer move.
+other task here would teach it; SPELL times the terms of training.composition keep its words apart. With --distil a
+student that reads the scale g, from the finished model's weights, learns its guided answer v_u + g (v_c - v_u), g
+uniform in [1, 5], under text encoders that no longer move.
 """
 
 import argparse
@@ -18,10 +19,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from training import clip, latents, loop, release, text
+from training import clip, composition, latents, loop, release, text
 
 HERE = Path(__file__).parent
 LENGTH, VOCABULARY, WIDTH, HEADS = 32, 2560, 192, 8
+SPELL = 0.1
 NAMES = {False: "emoji-flux", True: "emoji-flux-distilled"}
 
 
@@ -115,6 +117,7 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
     """The loss of one step for this process's share of the batch."""
     words, share = Words(tokenizer), args.batch // args.processes
     mixture = latents.Mixture(share, args.extra)
+    speaker = composition.Speaker(mixture.whole, tokenizer)
     teacher = finished(tokenizer).eval().requires_grad_(False) if args.distil else None
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
@@ -131,7 +134,8 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
         with loop.mixed():
             if teacher is None:
                 v = net.velocity(x, t, net.read(ids), pooled)
-                return (v.float() - (e - z)).pow(2).mean()
+                mixed, apart = composition.penalty(net.t5, speaker.quads(clip.QUADS // args.processes, random))
+                return (v.float() - (e - z)).pow(2).mean() + SPELL * (clip.APART * mixed + apart)
             scale = 1 + 4 * torch.rand(share, generator=random)
             goal, states = guided(teacher, x, t, (ids, pooled), words([""]), scale)
             v = net.velocity(x, t, states, pooled, scale)

@@ -120,8 +120,12 @@ class Mixture:
         """Read the pools; `extra` is the other things' share."""
         more = round(batch * extra)
         self.pools = [(Pool(world.load(), WORLD), batch - more)]
+        self.whole = self.pools[0][0].data
+        """Emoji world, joined with the other things where they are drawn."""
         if more:
-            self.pools.append((Pool(world.load(build_dataset.EXTRA), EXTRA), more))
+            others = world.load(build_dataset.EXTRA)
+            self.whole = world.join(self.whole, others)
+            self.pools.append((Pool(others, EXTRA), more))
 
     def draw(self, random: torch.Generator) -> tuple[Tensor, list[str]]:
         """Latents "b 16 8 8" and their captions, one in ten of them empty."""

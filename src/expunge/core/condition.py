@@ -62,6 +62,17 @@ class Condition:
             bands=self.bands,
         )
 
+    def to(self, device: torch.device) -> "Condition":
+        """Give the same prompts on a device."""
+        return Condition(
+            tokens=self.tokens.to(device),
+            mask=self.mask.to(device),
+            last=self.last.to(device),
+            pooled=None if self.pooled is None else self.pooled.to(device),
+            extra={key: value.to(device) for key, value in self.extra.items()},
+            bands=self.bands,
+        )
+
     def at(self, scale: float) -> "Condition":
         """Ask a guidance-distilled network for another scale; conditions of other models come back as they are."""
         if GUIDANCE not in self.extra:

@@ -1,6 +1,6 @@
 """The one training loop."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,30 +8,33 @@ from torch import Tensor
 
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
-from expunge.ops.student import Student
+from expunge.ops.student import Learner
 
 
 @torch.enable_grad()
 def fit(
-    student: Student,
+    student: Learner,
     loss: Callable[[int], Float[Tensor, ""]],
     run: Run,
     *,
     steps: int,
-    lr: float,
+    lr: float | Sequence[float],
     clip: float | None = None,
 ) -> None:
     """Move a student's masters down a loss with Adam at a constant step size, without weight decay.
 
-    loss: gives the scalar of a step, counted from 0. clip: bound on the norm of all gradients together. Every step logs
-    "loss" and "grad_norm" (before clipping) to the run and reports progress. Raises InputError for steps < 1 and when
-    the loss is no longer finite; the masters then hold the last finite step.
+    loss: gives the scalar of a step, counted from 0. lr: several step sizes take turns, as losses may. clip: bound on
+    the norm of all gradients together. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports
+    progress. Raises InputError for steps < 1 and when the loss is no longer finite; the masters then hold the last
+    finite step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
     parameters = list(student.parameters)
-    optimizer = torch.optim.Adam(parameters, lr=lr)
+    turns = [lr] if isinstance(lr, float | int) else list(lr)
+    optimizer = torch.optim.Adam(parameters, lr=turns[0])
     for step in range(steps):
+        optimizer.param_groups[0]["lr"] = turns[step % len(turns)]
         optimizer.zero_grad(set_to_none=True)
         value = loss(step)
         if not bool(torch.isfinite(value)):

@@ -1,6 +1,6 @@
 """Interventions at inference time, as patches."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -60,3 +60,27 @@ class GuardPatch:
     def meta(self) -> dict[str, Any]:
         """Give what the guard remembers in plain values."""
         return dict(self.facts)
+
+
+_FIELDS, _EXTRA = ("tokens", "mask", "last"), "extra."
+
+
+def condition_tensors(cond: Condition, name: str) -> dict[str, Tensor]:
+    """Give an encoded prompt as tensors a guard can store, `<name>.tokens` and so on; `bands` is left to the facts."""
+    pooled = {} if cond.pooled is None else {"pooled": cond.pooled}
+    extra = {_EXTRA + key: value for key, value in cond.extra.items()}
+    parts = {**{part: getattr(cond, part) for part in _FIELDS}, **pooled, **extra}
+    return {f"{name}.{part}": tensor for part, tensor in parts.items()}
+
+
+def condition_of(tensors: Mapping[str, Tensor], name: str, bands: Sequence[Sequence[int]]) -> Condition:
+    """Rebuild what `condition_tensors` gave."""
+    parts = {key.removeprefix(name + "."): value for key, value in tensors.items() if key.startswith(name + ".")}
+    return Condition(
+        tokens=parts["tokens"],
+        mask=parts["mask"],
+        last=parts["last"],
+        pooled=parts.get("pooled"),
+        extra={key.removeprefix(_EXTRA): value for key, value in parts.items() if key.startswith(_EXTRA)},
+        bands=tuple((first, end) for first, end in bands),
+    )

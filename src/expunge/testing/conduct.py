@@ -18,6 +18,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.models.load import load
+from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 from expunge.testing.shape import ContractError, expect
@@ -72,7 +73,16 @@ class Trial:
 
     @torch.no_grad()
     def moved(self, concept: Concept) -> float:
-        """Measure how far the patch moves the prediction under a concept, on the base's own states."""
+        """Measure how far the patch moves the prediction under a concept, on the base's own states.
+
+        Guards act on the sampler, not on a prediction: there it is the pictures, twelve per concept.
+        """
+        if self.patch.kind == GuardPatch.kind:
+            pairs = [
+                seen.generate([concept.phrase] * 12, seeds=range(12), guidance_scale=3.0, steps=3)
+                for seen in (self.patch.on(self.model), self.model)
+            ]
+            return float((pairs[0] - pairs[1]).square().mean())
         patched, cond = self.patch.on(self.model), self.model.encode([concept.phrase] * 8)
         state = self.model.visit(cond, rng=Run().rng("probe"), guidance_scale=3.0, steps=8)
         after = patched.predict(state, patched.encode([concept.phrase] * 8))
@@ -147,6 +157,6 @@ def _rebuilt(trial: Trial, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
             return WeightPatch.restore(tensors, meta)
         case LowRankPatch.kind:
             return LowRankPatch.restore(tensors, meta)
-        case "guard":
+        case GuardPatch.kind:
             return trial.cls.restore(tensors, meta)
     raise ContractError(f"unknown kind of patch {trial.patch.kind!r}; legal: weights, low_rank, guard")

@@ -1,0 +1,1 @@
+"""Erasers that leave the weights alone and intervene while images are drawn."""

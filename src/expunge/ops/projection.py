@@ -52,7 +52,7 @@ def off_span(rows: Float[Tensor, "n in"], heard: Float[Tensor, "h in"]) -> Float
     It is the room in which something can be removed while every row, and every mixture of them, is kept exactly.
     """
     found = torch.linalg.svd(rows.double() @ heard.T, full_matrices=True)
-    kept = int((found.S > _CUT * found.S[:1]).sum())
+    kept = int((found.S / found.S[:1] > _CUT).sum())
     return found.Vh[kept:].T
 
 

@@ -50,12 +50,12 @@ class Project(Eraser):
 
     toward: Literal["anchor", "room"] = "anchor"
     """What is removed of U. anchor: all, so P c = P c* wherever c − c* is a mixture of U. room: only its part that no
-    held row is heard in; no row is then heard louder than before when ridge is large, and the target becomes the nearest
-    mixture of what is left."""
+    held row is heard in; no row is then heard louder than before when ridge is large, and the target becomes the
+    nearest mixture of what is left."""
 
     cut: float = 0.3
-    """Directions are removed whose share in a concept's differences, off what is held, is at least this: singular values
-    of the differences, each concept's of norm 1. Smaller removes more directions."""
+    """Directions are removed whose share in a concept's differences, off what is held, is at least this: singular
+    values of the differences, each concept's of norm 1. Smaller removes more directions."""
 
     ridge: float = 0.01
     """lam in V = argmin mean ‖V L x‖² + lam · ‖V‖² over other rows x of anchor, empty and retained prompts, in units of
@@ -111,9 +111,7 @@ class Project(Eraser):
             moves.append((old - new) / size.clamp(min=torch.finfo(torch.float64).tiny))
         other = torch.cat(prompt_rows(kept, route, "window"))
         through = self.toward == "room"
-        return projection(
-            torch.cat(moves), heard, room, other, cut=self.cut, ridge=self.ridge, through_room=through
-        )
+        return projection(torch.cat(moves), heard, room, other, cut=self.cut, ridge=self.ridge, through_room=through)
 
     def _certify(self, found: Projection, concepts: Pairs, request: Request, run: Run) -> None:
         for index, (concept, (old, new)) in enumerate(zip(request.target, concepts, strict=True)):

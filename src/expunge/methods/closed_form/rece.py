@@ -106,9 +106,7 @@ class RECE(Eraser):
         return edit
 
     def _edit(self, pairs: Pairs, held: Tensor, *, start: bool) -> SharedEdit:
-        weight, ridge = (
-            (self.start_retain_weight, self.start_ridge) if start else (self.retain_weight, self.ridge)
-        )
+        weight, ridge = (self.start_retain_weight, self.start_ridge) if start else (self.retain_weight, self.ridge)
         keys, goals = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         gain, retain_gain = keys.new_full(keys.shape[:1], self.strength), keys.new_full(held.shape[:1], weight)
         return shared_edit(keys, goals, gain, held.double(), retain_gain, ridge)

@@ -28,7 +28,8 @@ class RECE(Eraser):
     W'' = argmin strength · Σ ‖W'' c' − W' c*‖² + retain_weight · Σ ‖W'' p − W' p‖² + ridge · ‖W'' − W'‖²_F.
     All layers share one M, so an epoch costs d × d work however many layers there are. After the last epoch W'' is
     again W M with an M regular in general: c → M⁻¹ c undoes RECE as it undoes UCE; only its embeddings grow longer.
-    Source: arXiv:2407.12383; fields and defaults of the start from the authors' settings for nudity.
+    Source: arXiv:2407.12383. Both ridges and retain_weight are ours, chosen on two concepts of emoji-unet; the other
+    defaults are the authors' for nudity.
     """
 
     paper: ClassVar[str] = "arXiv:2407.12383"
@@ -53,18 +54,19 @@ class RECE(Eraser):
     strength: float = 1.0
     """e in loss = e · Σ ‖W'' c' − W' c*‖² + …, of the start and of every epoch; 0: nothing changes. Authors': 1."""
 
-    retain_weight: float = 0.1
+    retain_weight: float = 1.0
     """p in loss = … + p · Σ ‖W'' r − W' r‖² of an epoch, over all rows of the empty and the retained prompts.
     The authors': 0.1."""
 
-    ridge: float = 0.1
-    """lamb in loss = … + lamb · ‖W'' − W'‖²_F of an epoch. The authors': 0.1."""
+    ridge: float = 100.0
+    """lamb in loss = … + lamb · ‖W'' − W'‖²_F of an epoch. The authors': 0.1, which with their other weights spoils
+    neighbours on emoji-unet (docs/methods.md)."""
 
     start_retain_weight: float = 1.0
     """retain_weight of the UCE edit it starts from. The authors': 1 for nudity and objects, 0.1 for styles."""
 
-    start_ridge: float = 0.5
-    """ridge of the UCE edit it starts from. The authors' script: 0.5."""
+    start_ridge: float = 100.0
+    """ridge of the UCE edit it starts from. The authors' script: 0.5; here uce's own default, for the same reason."""
 
     @property
     def retains(self) -> bool:

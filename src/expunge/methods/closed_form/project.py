@@ -34,6 +34,7 @@ class Project(Eraser):
     floor: its M is regular, and M⁻¹ c gives all that W c gave.
     Weights W P + E, stored with a rounding E, keep √Σ ≥ √floor − ‖E‖ ‖e‖: embeddings of usual length stay out.
     The floor is about keys and values of these rows, not about pictures: other rows may draw the target too.
+    held, ridge and templates were chosen on four concepts of emoji-unet (docs/methods.md).
     Source: ours; the constraint is that of LEACE, arXiv:2306.03819, which is not about generators.
     """
 
@@ -44,20 +45,21 @@ class Project(Eraser):
     """Rows c of the target, each facing the anchor's. tail: from the last word to the window's end, as the network
     reads padding and it speaks of the word. word: the last word's."""
 
-    held: Literal["words", "word", "window"] = "words"
+    held: Literal["words", "word", "window"] = "word"
     """Rows kept exactly of the anchor, the empty and the retained prompts. words: opening token to first closing token.
-    word: the last word's. window: all; a few prompts then fill the space. Rows of theirs not held are spared."""
+    word: the last word's. window: all; a few prompts then fill the space. Rows of theirs not held are spared. The more
+    is held, the less of the target is left to remove, and the more other rows move."""
 
     toward: Literal["anchor", "room"] = "anchor"
     """What is removed of U. anchor: all, so P c = P c* wherever c − c* is a mixture of U. room: only its part that no
     held row is heard in; no row is then heard louder than before when ridge is large, and the target becomes the
-    nearest mixture of what is left."""
+    nearest mixture of what is left: on emoji-unet still a picture of the target, most often."""
 
     cut: float = 0.3
     """Directions are removed whose share in a concept's differences, off what is held, is at least this: singular
     values of the differences, each concept's of norm 1. Smaller removes more directions."""
 
-    ridge: float = 0.01
+    ridge: float = 1.0
     """lam in V = argmin mean ‖V L x‖² + lam · ‖V‖² over other rows x of anchor, empty and retained prompts, in units of
     the mean square of L x. Smaller spares these rows, larger raises the floor."""
 
@@ -65,9 +67,9 @@ class Project(Eraser):
     """Least √(floor / Σ_l ‖W_l c − W_l c*‖²) of every concept, over its rows together; below it the concept lies too
     near to what is held, and InputError names it."""
 
-    templates: tuple[str, ...] = ("{}",)
+    templates: tuple[str, ...] = ("{}", "a photo of a {} on a table")
     """Every target phrase is removed in each of these, its anchor in the same, and what is retained is held in each; an
-    empty anchor stays empty."""
+    empty anchor stays empty. A phrase alone does not show how it reads within a sentence."""
 
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
         """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""

@@ -9,6 +9,7 @@ depend on W, so all layers that read the same text share one factorisation. No i
 """
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,6 +76,11 @@ class SharedEdit:
         eye = torch.eye(self.moves.shape[1], dtype=torch.float64, device=self.moves.device)
         return eye + self.moves.T @ self.duals
 
+    def then(self, later: "SharedEdit") -> "SharedEdit":
+        """Give both edits as one, W M M': `later` was solved for the weights this one leaves."""
+        moves = later.moves + (later.moves @ self.duals.T) @ self.moves
+        return SharedEdit(moves=torch.cat([self.moves, moves]), duals=torch.cat([self.duals, later.duals]))
+
 
 def shared_edit(
     keys: Float[Tensor, "r in"],
@@ -92,6 +98,39 @@ def shared_edit(
     gram = Gram(torch.cat([keys, retain]), torch.cat([gain, retain_gain]), ridge)
     moves = gain.double()[:, None] * (goals.double() - keys.double())
     return SharedEdit(moves=moves, duals=gram.solve(keys))
+
+
+def output_gram(weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "in in"]:
+    """Give S = sum_l W_l^T W_l in float64: x^T S x is the squared size of what all layers make of a row x."""
+    return torch.stack([weight.double().T @ weight.double() for weight in weights]).sum(0)
+
+
+def residual_rows(
+    rows: Float[Tensor, "n in"],
+    gram: Float[Tensor, "in in"],
+    edit: SharedEdit,
+    penalty: float,
+    pull: Float[Tensor, "n in"] | None = None,
+) -> Float[Tensor, "n in"]:
+    """Find the embeddings that make the edited layers W M give again what the old ones gave for `rows`, in float64.
+
+    c' = argmin sum_l |W_l M c' - W_l c|^2 + penalty |c' - pull|^2 = (penalty I + M^T S M)^-1 (M^T S c + penalty pull),
+    with S = `output_gram` of the old layers and pull 0 if not given. Without penalty and with S and M regular it is
+    M^-1 c, exactly. Source: RECE (arXiv:2407.12383), in d x d instead of layer by layer.
+    """
+    if penalty < 0:
+        raise InputError(f"penalty {penalty} must not be negative")
+    m = edit.matrix()
+    half = gram @ m
+    right = rows.double() @ half
+    if pull is not None:
+        right = right + penalty * pull.double()
+    inner = m.T @ half
+    if penalty > 0:
+        inner.diagonal().add_(penalty)
+        return torch.cholesky_solve(right.T, torch.linalg.cholesky(inner)).T
+    values, vectors = _spectrum((inner + inner.T) / 2)
+    return (vectors @ ((vectors.T @ right.T) / values[:, None])).T
 
 
 def ridge_edit(

@@ -1,6 +1,7 @@
 """Rows of conditions and states: points out of a batch, and embedding rows out of a prompt."""
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -9,6 +10,10 @@ from torch import Tensor
 from expunge.core.condition import GUIDANCE, Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import State
+
+Rows = Literal["word", "words", "tail", "window"]
+"""Which rows of a prompt: its last word's; opening token, words and first closing token; last word to the window's
+end; all."""
 
 
 def pick_state(state: State, index: Int[Tensor, "n"]) -> State:
@@ -51,6 +56,47 @@ def bands(cond: Condition) -> list[Condition]:
         return [cond]
     parts = [(cond.tokens[:, start:end], cond.mask[:, start:end]) for start, end in cond.bands]
     return [Condition(tokens=rows, mask=mask, last=(mask.sum(1) - 2).clamp(min=0)) for rows, mask in parts]
+
+
+def row_pairs(
+    target: Condition, anchor: Condition, route: str, which: Literal["word", "tail", "window"]
+) -> list[tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]]:
+    """Rows of each target prompt with those of the anchor they face, all encoders' rows of a prompt together.
+
+    route "pooled" is the one pooled row of each. word and tail pair up from the last words on, window by position.
+    """
+    if route == "pooled":
+        return list(zip(pooled_rows(target), pooled_rows(anchor), strict=True))
+    if which == "window":
+        return list(zip(target.tokens, anchor.tokens, strict=True))
+    sides = list(zip(bands(target), bands(anchor), strict=True))
+    pairs = []
+    for row in range(len(target)):
+        if which == "tail":
+            found = [aligned_tails(old, new, row) for old, new in sides]
+        else:
+            found = [(subject_row(old, row), subject_row(new, row)) for old, new in sides]
+        pairs.append((torch.cat([old for old, _ in found]), torch.cat([new for _, new in found])))
+    return pairs
+
+
+def prompt_rows(cond: Condition, route: str, which: Rows) -> list[Float[Tensor, "n d"]]:
+    """The chosen rows of each prompt, all encoders' together; route "pooled" is its one pooled row."""
+    if route == "pooled":
+        return pooled_rows(cond)
+    if which == "window":
+        return list(cond.tokens)
+    if which == "words":
+        return [tokens[mask] for tokens, mask in zip(cond.tokens, cond.mask, strict=True)]
+    pick = tail_rows if which == "tail" else subject_row
+    return [torch.cat([pick(band, row) for band in bands(cond)]) for row in range(len(cond))]
+
+
+def pooled_rows(cond: Condition) -> list[Float[Tensor, "1 p"]]:
+    """Each prompt's pooled text as one row; raises InputError where a model's condition has none."""
+    if cond.pooled is None:
+        raise InputError("a layer reads the pooled text, which this model does not encode")
+    return list(cond.pooled[:, None])
 
 
 def at_scales(cond: Condition, scales: Sequence[float]) -> Condition:

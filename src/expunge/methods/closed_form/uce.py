@@ -7,12 +7,11 @@ import torch
 from torch import Tensor
 
 from expunge.core.concept import Request
-from expunge.core.condition import Condition
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Family, Generator
 from expunge.ops.ridge import SharedEdit, shared_edit
-from expunge.ops.rows import aligned_tails, bands, subject_row
+from expunge.ops.rows import prompt_rows, row_pairs
 from expunge.patches.weights import WeightPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -75,8 +74,9 @@ class UCE(Eraser):
         kept = model.encode(retained) if retained else None
         solved = {}
         for route in sorted({site.reads for site in sites}):
-            pairs = self._pairs(route, target, anchor)
-            solved[route] = pairs, self._solve(pairs, self._held(route, kept), len(retained))
+            pairs = row_pairs(target, anchor, route, "tail" if self.mode == "uce2023" else "word")
+            held = prompt_rows(kept, route, "window" if self.mode == "uce2023" else "word") if kept else []
+            solved[route] = pairs, self._solve(pairs, held, len(retained))
         deltas = {}
         for done, site in enumerate(sites, 1):
             pairs, edit = solved[site.reads]
@@ -85,29 +85,6 @@ class UCE(Eraser):
             deltas[site.path] = own.delta(site.weight).to(wide)
             run.progress("layers", done, len(sites))
         return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
-
-    def _pairs(self, route: str, target: Condition, anchor: Condition) -> Pairs:
-        """Rows of the target and what they are sent to, prompt by prompt, all encoders' rows of a prompt together."""
-        if route == "pooled":
-            return list(zip(_pooled(target), _pooled(anchor), strict=True))
-        sides = list(zip(bands(target), bands(anchor), strict=True))
-        pairs = []
-        for row in range(len(target)):
-            if self.mode == "uce2023":
-                found = [aligned_tails(old, new, row) for old, new in sides]
-            else:
-                found = [(subject_row(old, row), subject_row(new, row)) for old, new in sides]
-            pairs.append((torch.cat([old for old, _ in found]), torch.cat([new for _, new in found])))
-        return pairs
-
-    def _held(self, route: str, kept: Condition | None) -> list[Tensor]:
-        if kept is None:
-            return []
-        if route == "pooled":
-            return _pooled(kept)
-        if self.mode == "uce2023":
-            return list(kept.tokens)
-        return [subject_row(band, row) for row in range(len(kept)) for band in bands(kept)]
 
     def _solve(self, pairs: Pairs, kept: list[Tensor], prompts: int) -> SharedEdit:
         weight = self.retain_weight
@@ -126,10 +103,3 @@ class UCE(Eraser):
             alpha = (before * values).sum() / before.square().sum()
             moves.append(self.strength * (goal.double() - alpha * key.double() - key.double()))
         return torch.cat(moves)
-
-
-def _pooled(cond: Condition) -> list[Tensor]:
-    """Each prompt's pooled text as one row; raises InputError where a model's condition has none."""
-    if cond.pooled is None:
-        raise InputError("a layer reads the pooled text, which this model does not encode")
-    return list(cond.pooled[:, None])

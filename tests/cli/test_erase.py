@@ -29,6 +29,8 @@ def test_erase_writes_an_artifact_that_says_what_was_asked(tmp_path: Path, expun
     card = Card.from_json((tmp_path / "artifact" / "card.json").read_text())
     assert told["artifact"] == str(tmp_path / "artifact")
     assert told["card"] == json.loads(card.to_json())
+    assert told["certificates"] == json.loads((tmp_path / "certificates.json").read_text())["certificates"]
+    assert {"residual", "drift", "inversion"} <= {each["name"] for each in told["certificates"]}
     assert card.target[0].prompts == ("cat", "a small cat")
     assert card.anchor[0] is not None and card.anchor[0].name == "dog"
     assert [concept.name for concept in card.retain] == ["car"]
@@ -47,6 +49,7 @@ def test_several_targets_pair_up_with_their_anchors(tmp_path: Path, expunge) -> 
 def test_erasing_again_keeps_what_is_there_and_refuses_another_request(tmp_path: Path, expunge) -> None:
     first = expunge("erase", "tiny-unet", *CAT, "--out", tmp_path, "--json")
     before = (tmp_path / "artifact" / "patch.safetensors").stat().st_mtime_ns
+    (tmp_path / "certificates.json").unlink()  # a run killed after its artifact was whole
     again = expunge("erase", "tiny-unet", *CAT, "--out", tmp_path, "--json")
     assert first.out == again.out
     other = expunge("erase", "tiny-unet", *CAT, "--set", "ridge=0.1", "--out", tmp_path).complaint()

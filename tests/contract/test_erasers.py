@@ -24,12 +24,15 @@ VARIANTS = {
     "esd-all": ("esd", {"group": "all"}),
     "uce2025": ("uce", {"mode": "uce2025"}),
     "uce-tensor": ("uce", {"technique": "tensor"}),
+    "rece-window-anchor": ("rece", {"rows": "window", "pull": "anchor"}),
+    "project-words": ("project", {"held": "words", "rows": "word", "templates": ("{}",)}),
+    "project-room": ("project", {"toward": "room"}),
     "all_but_one-projection": ("all_but_one", {"constraint": "projection", "group": "cross_attention"}),
     "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
 }
-# On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move; four steps of
-# the lagrangian form are four steps of its starting multiplier.
-FREE = {"uce2025", "all_but_one-lagrangian"}
+# On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move, project-words
+# all but its padding; four steps of the lagrangian form are four steps of its starting multiplier.
+FREE = {"uce2025", "all_but_one-lagrangian", "project-words"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")
     for variant, (name, config) in VARIANTS.items()

@@ -11,9 +11,11 @@ import pytest
 from pyarrow.parquet import read_table
 
 from expunge.core.errors import InputError
+from expunge.core.records import Certificate
 from expunge.report import views, words
 from expunge.report.page import render
 from expunge.report.pictures import data_address
+from expunge.stages import _certificates
 from report.made_run import ARMS, DETECTORS, NEIGHBOURS, write_run
 
 VOID = {"meta", "link", "img", "br", "use", "path", "circle", "rect", "image", "stop"}
@@ -198,6 +200,21 @@ def test_two_artifacts_of_one_method_are_refused(tmp_path: Path) -> None:
     (folder / "again" / "artifact").mkdir(parents=True)
     (folder / "again" / "artifact" / "card.json").write_bytes((folder / "esd" / "artifact" / "card.json").read_bytes())
     with pytest.raises(InputError, match="two artifacts of method 'esd'"):
+        render(folder)
+
+
+def test_certificates_stand_beside_the_change_they_are_about(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", arms=("base", "esd", "uce"))
+    assert "What holds without a picture" not in render(folder)
+    said = Certificate(name="residual", statement="Ends within 0.25.", value=0.25, assumptions=("These.", "No."))
+    _certificates.write(folder / "uce", [said])
+    page = render(folder)
+    assert page.count("What holds without a picture") == 1
+    card = page[page.index("<h3>uce") :]
+    assert "Ends within 0.25." in card and "These. No." in card
+    file = folder / "uce" / "certificates.json"
+    file.write_text(file.read_text()[:40])
+    with pytest.raises(InputError, match=r"certificates\.json"):
         render(folder)
 
 

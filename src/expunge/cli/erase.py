@@ -1,6 +1,7 @@
 """`expunge erase`: flags → recipe → artifact."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import partial
 from json import loads
 from pathlib import Path
@@ -53,6 +54,7 @@ def erase(
     screen = Out(machine=json)
     targets, kept = ([phrases(text) for text in words or []] for words in (target, retain))
     with screen.waiting("loading torch and diffusers"):
+        from expunge.stages._certificates import read as certificates
         from expunge.stages.artifact import read_card
         from expunge.stages.recipe import read
 
@@ -73,8 +75,11 @@ def erase(
             )
     folder = carry_out(screen, asked, out, device=device, recorded=provenance)
     card = read_card(folder)
-    screen.emit({"artifact": str(folder), "card": loads(card.to_json())})
+    found = certificates(folder.parent)
+    screen.emit({"artifact": str(folder), "card": loads(card.to_json()), "certificates": [asdict(c) for c in found]})
     screen.say(outcome(card))
+    for certificate in found:
+        screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
 
 

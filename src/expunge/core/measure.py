@@ -1,4 +1,4 @@
-"""How results are measured: per-image detectors and set metrics."""
+"""How results are measured: per-image detectors, set metrics, and statements about the edit itself."""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
@@ -7,9 +7,9 @@ from typing import ClassVar
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from expunge.core.concept import Concept
+from expunge.core.concept import Concept, Request
 from expunge.core.errors import InputError
-from expunge.core.records import Case, Estimate, OperatingPoint
+from expunge.core.records import Case, Certificate, Estimate, OperatingPoint
 
 
 class Detector(ABC):
@@ -49,3 +49,39 @@ class Metric(ABC):
     @abstractmethod
     def compute(self, got: Samples, base: Samples) -> Estimate:
         """Give the metric with its interval."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """The layers that read one text route before and after an edit, and the embedding rows that a request is about.
+
+    A layer W gives W k for a row k; weights as the models hold them, rows in float64.
+    """
+
+    old: tuple[Float[Tensor, "_ in"], ...]
+    new: tuple[Float[Tensor, "_ in"], ...]
+    targets: tuple[tuple[Float[Tensor, "_ in"], Float[Tensor, "_ in"]], ...]
+    """Rows of each target prompt from its last word to the window's end, and the anchor's rows they face."""
+    kept: tuple[Float[Tensor, "_ in"], ...]
+    """All rows of the empty prompt and of each retained one."""
+
+
+@dataclass(frozen=True)
+class Edit:
+    """What an erasure changed, and what was asked for; `ops.reading.edit_between` makes one."""
+
+    request: Request
+    changed: tuple[str, ...]
+    """Parameters that differ from the base's; empty for guards."""
+    parameters: int
+    """How many the network has."""
+    readings: tuple[Reading, ...]
+    """One per text route; none unless all that changed are layers which read the prompt alone."""
+
+
+class Certifier(ABC):
+    """Computes one kind of statement about an edit, from nothing but the edit."""
+
+    @abstractmethod
+    def certify(self, edit: Edit) -> Certificate | None:
+        """Give the statement; None where this kind does not apply to the edit."""

@@ -107,3 +107,17 @@ class Summary:
     def __post_init__(self) -> None:
         if not any(arm.name == "base" for arm in self.arms):
             raise InputError(f"summary of {self.suite!r} has no row named 'base'")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Certificate:
+    """A statement about an edit that anyone can compute again from the base, the patch and the request."""
+
+    name: str
+    """File of the certifier: locality, residual, drift, subspace, inversion, conditioning."""
+    statement: str
+    """One sentence with the figure in it."""
+    value: float
+    """The figure, unrounded."""
+    assumptions: tuple[str, ...]
+    """What the sentence is about, and what it is not."""

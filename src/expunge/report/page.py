@@ -29,7 +29,7 @@ def render(folder: Path) -> str:
         model=findings.model,
         version=__version__,
         suites=[_suite(suite, reconstructed) for suite in findings.suites],
-        changes=views.changes(findings.cards),
+        changes=views.changes(findings),
         methods=views.methods(findings.cards),
         licences=views.licences(findings),
         limits=words.LIMITS,

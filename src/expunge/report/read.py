@@ -1,6 +1,6 @@
 """A run folder as one value: summaries, cards, pictures and verdicts, read and never written."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,8 +8,8 @@ from typing import Any
 from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
-from expunge.core.records import Case, Summary
-from expunge.stages import _card, _files
+from expunge.core.records import Case, Certificate, Summary
+from expunge.stages import _card, _certificates, _files
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -48,6 +48,8 @@ class Findings:
     suites: tuple[Suite, ...]
     cards: Mapping[str, Card]
     """By arm."""
+    certificates: Mapping[str, Sequence[Certificate]]
+    """By arm; empty where none applies or the run is older than they are."""
 
 
 def read(folder: Path) -> Findings:
@@ -57,20 +59,21 @@ def read(folder: Path) -> Findings:
     """
     table = _object(folder / "summary.json", "score the run first: expunge score DIR --suite SUITE")
     cards = _cards(folder)
+    certificates = {arm: _certificates.read(place.parent.parent) for arm, (place, _) in cards.items()}
     suites = tuple(_suite(folder, from_data(Summary, entry)) for entry in table["suites"])
     if not suites:
         raise InputError(f"{folder / 'summary.json'} holds no suite; score the run again")
     model = _header(folder, suites[0].summary.suite, BASE)["identity"]["model"]
-    return Findings(folder, model, suites, cards)
+    return Findings(folder, model, suites, {arm: card for arm, (_, card) in cards.items()}, certificates)
 
 
-def _cards(folder: Path) -> dict[str, Card]:
-    found: dict[str, Card] = {}
+def _cards(folder: Path) -> dict[str, tuple[Path, Card]]:
+    found: dict[str, tuple[Path, Card]] = {}
     for file in sorted([*folder.glob("artifact/card.json"), *folder.glob("*/artifact/card.json")]):
         card = _card.read(file)
         if card.method in found:
             raise InputError(f"{folder} holds two artifacts of method {card.method!r}; a page shows one of each")
-        found[card.method] = card
+        found[card.method] = file, card
     return found
 
 

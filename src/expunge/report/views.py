@@ -177,7 +177,7 @@ def glance(suite: Suite) -> list[dict[str, object]]:
     ]
 
 
-def changes(cards: Mapping[str, Card]) -> list[dict[str, object]]:
+def changes(findings: Findings) -> list[dict[str, object]]:
     """Say what each method did to the model: where, how much, how large on disk, how long."""
     return [
         {
@@ -189,9 +189,10 @@ def changes(cards: Mapping[str, Card]) -> list[dict[str, object]]:
             "size": words.size(card.patch.bytes),
             "seconds": words.span(card.run.seconds),
             "kind": card.patch.kind,
+            "certificates": findings.certificates[arm],
             "plot": layer_plot(card.patch.layers, f"Where {arm} changed the network") if card.patch.layers else "",
         }
-        for arm, card in cards.items()
+        for arm, card in findings.cards.items()
     ]
 
 

@@ -13,13 +13,14 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.models.load import load as load_model
-from expunge.stages import _files, artifact
+from expunge.stages import _certificates, _files, artifact
 from expunge.stages._provenance import code, source_of
+from expunge.stages.certify import certify
 from expunge.stages.recipe import Recipe
 
 
 def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
-    """Load the model, run the method, save recipe.toml and artifact/ in `out`; return the artifact folder.
+    """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
@@ -34,7 +35,7 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     source = source_of(model, recipe.model.name)
     if folder.exists():
         _check_base(artifact.read_card(folder), source.revision, folder)
-        return folder
+        return certified(folder, model, request, out)
     check(model, recipe.method.name, eraser, request)
     made_by = code(recorded=recorded)
     out.mkdir(parents=True, exist_ok=True)
@@ -43,7 +44,7 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     log: list[dict[str, Any]] = []
     start = time.monotonic()
     patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
-    return artifact.save(
+    artifact.save(
         folder,
         patch,
         model,
@@ -59,6 +60,14 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
         seconds=time.monotonic() - start,
         log=log,
     )
+    return certified(folder, model, request, out)
+
+
+def certified(folder: Path, model: Generator, request: Request, out: Path) -> Path:
+    """Write certificates.json about the saved artifact unless it is there; return the artifact folder."""
+    if not (out / _certificates.FILE).is_file():
+        certify(model, artifact.load(folder).on(model), request, out)
+    return folder
 
 
 def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None:

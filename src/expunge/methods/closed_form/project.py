@@ -1,4 +1,4 @@
-"""Projection: closed-form erasure that no embedding undoes. Our own method."""
+"""Projection: closed-form erasure with a floor that no embedding gets below. Our own method."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -33,7 +33,8 @@ class Project(Eraser):
     ‖B L P e − B L c‖² = ‖B L c‖², and as L P e takes every value with B L P e = 0, it is attained. UCE has no such
     floor: its M is regular, and M⁻¹ c gives all that W c gave.
     Weights W P + E, stored with a rounding E, keep √Σ ≥ √floor − ‖E‖ ‖e‖: embeddings of usual length stay out.
-    The floor is about keys and values of these rows, not about pictures: other rows may draw the target too.
+    The floor is about keys and values of these rows, not about pictures: on emoji-unet the embeddings nearest to the
+    target's, of usual length, drew it in 36 of 40 pictures (docs/methods.md). It is no defence there.
     held, ridge and templates were chosen on four concepts of emoji-unet (docs/methods.md).
     Source: ours; the constraint is that of LEACE, arXiv:2306.03819, which is not about generators.
     """

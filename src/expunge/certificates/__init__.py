@@ -1,0 +1,1 @@
+"""Statements about an edit that need no picture: one file each."""

@@ -20,8 +20,8 @@ class Inversion(Certifier):
         nearest, length = min(found)
         return Certificate(
             name="inversion",
-            statement=f"Embeddings {length:.2g} times as long as the target's own bring its old keys and values back to "
-            f"within {nearest:.2g} of the way to its anchor; none come nearer.",
+            statement=f"Embeddings {length:.2g} times as long as the target's own bring its old keys and values back "
+            f"to within {nearest:.2g} of the way to its anchor; none come nearer.",
             value=nearest,
             assumptions=(
                 "Near 0, who may choose embeddings can undo the edit; elsewhere others may still draw the target.",

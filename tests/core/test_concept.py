@@ -63,3 +63,11 @@ def test_pairs_meet_by_position_when_equally_many_else_the_canonical_phrase():
     assert list(Request(target=(cat,), anchor=(dog,)).pairs) == [("cat", "dog"), ("kitty", "hound")]
     assert list(Request(target=(cat,), anchor=(car,)).pairs) == [("cat", "car"), ("kitty", "car")]
     assert list(Request(target=(cat,), anchor=(None,)).pairs) == [("cat", ""), ("kitty", "")]
+
+
+def test_request_refuses_to_name_a_concept_twice():
+    with pytest.raises(InputError, match=r"target 'Cat' is named twice"):
+        Request(target=(CAT, Concept.of("Cat")), anchor=(None, None))
+    with pytest.raises(InputError, match=r"retained concept 'dog ' is named twice"):
+        Request.of("cat", retain=["dog", "car", "dog "])
+    assert len(Request.of("cat", anchor="dog", retain=["dog", "car"]).retain) == 2

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from expunge.core.errors import InputError
-from expunge.ops.ridge import Gram, ridge_edit, shared_edit
+from expunge.ops.ridge import Gram, output_gram, ridge_edit, shared_edit
 
 F64 = torch.float64
 CASE = st.tuples(st.integers(0, 10_000), st.integers(1, 12), st.integers(0, 30), st.floats(1e-3, 10.0))
@@ -148,3 +148,10 @@ def test_the_edit_is_undone_by_the_inverse_on_embeddings():
 def test_negative_weights_are_refused(gain, ridge):
     with pytest.raises(InputError, match="must not be negative"):
         Gram(torch.ones(1, 4), torch.tensor([gain]), ridge)
+
+
+def test_weights_that_are_not_finite_are_refused():
+    whole = torch.eye(3)
+    torch.testing.assert_close(output_gram([whole, 2 * whole]), 5 * torch.eye(3, dtype=torch.float64))
+    with pytest.raises(InputError, match="not finite"):
+        output_gram([whole, whole * float("inf")])

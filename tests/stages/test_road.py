@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -327,6 +328,17 @@ def test_bad_requests_are_one_line_and_write_nothing(
     with pytest.raises(InputError) as caught:
         erase(wrong, tmp_path / "out", Run(device=edit.get("device", "cpu")), recorded=False)
     assert says in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_base_with_holes_is_refused_by_name(tmp_path: Path, recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = load_model("tiny-unet")
+    path = whole.sites("text_in")[0].path
+    torn = whole.weight(path).clone()
+    torn[0, 0] = float("nan")
+    monkeypatch.setattr("expunge.stages.erase.load_model", lambda name, **_: whole.view(weights={path: torn}))
+    with pytest.raises(InputError, match=re.escape(f"{path} that are not finite")):
+        erase(recipe, tmp_path / "out", Run(), recorded=False)
     assert not (tmp_path / "out").exists()
 
 

@@ -49,7 +49,8 @@ class Request:
     """Which concepts to erase, where each is sent, and what must not move.
 
     `anchor[i]` is where `target[i]` is sent; None is the unconditional prediction. Raises InputError if there is no
-    target, if the lengths differ, if an anchor is one of the targets, or if a retained concept is one of them.
+    target, if the lengths differ, if a target or a retained concept is named twice, if an anchor is one of the targets,
+    or if a retained concept is one of them.
     """
 
     target: tuple[Concept, ...]
@@ -61,6 +62,10 @@ class Request:
             raise InputError("a request needs at least one target, got none")
         if len(self.anchor) != len(self.target):
             raise InputError(f"got {len(self.target)} targets but {len(self.anchor)} anchors; give one anchor each")
+        for role, named in (("target", self.target), ("retained concept", self.retain)):
+            for i, again in enumerate(named):
+                if any(again.same_as(other) for other in named[:i]):
+                    raise InputError(f"{role} {again.name!r} is named twice; name each once")
         for role, concepts in (("anchor", self.anchor), ("retained concept", self.retain)):
             for concept in concepts:
                 if concept is not None and any(concept.same_as(target) for target in self.target):

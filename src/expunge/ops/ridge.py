@@ -101,10 +101,15 @@ def shared_edit(
 
 
 def output_gram(weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "in in"]:
-    """Give S = sum_l W_l^T W_l in float64: x^T S x is the squared size of what all layers make of a row x."""
+    """Give S = sum_l W_l^T W_l in float64: x^T S x is the squared size of what all layers make of a row x.
+
+    Raises InputError for weights that are not finite.
+    """
     gram = weights[0].new_zeros(weights[0].shape[1], weights[0].shape[1], dtype=torch.float64)
     for weight in weights:
         gram.addmm_(weight.double().T, weight.double())
+    if not bool(gram.isfinite().all()):
+        raise InputError("a layer that reads the prompt holds weights that are not finite")
     return gram
 
 

@@ -11,7 +11,9 @@ from torch import Tensor
 
 from expunge.core.generator import Generator
 from expunge.ops.ridge import Gram, SharedEdit
-from expunge.patches.lowrank import Factors
+
+Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
+"""Down and up, A "r in" and B "out r": layers differ in height."""
 
 Learned = tuple[Float[Tensor, "in in"], Mapping[str, Factors]]
 """What one concept brings: the moment of its rows, and its factors B A by path."""

@@ -56,10 +56,10 @@ class MACE(Eraser):
     """squared: ‖·‖_F², the paper's. plain: ‖·‖_F, the code's."""
 
     templates: tuple[str, ...] = (
-        "a photo of {}",
-        "{} in a picture",
-        "an image of the {}",
-        "a large {} on a background",
+        "{}",
+        "a picture of a {}",
+        "a {} on a plain background",
+        "a flat picture of a {} on blue",
     )
     """Sentences about target, anchor and retained concepts, ours. The code: 30 for each kind of concept."""
 

@@ -148,3 +148,15 @@ def test_the_edit_is_undone_by_the_inverse_on_embeddings():
 def test_negative_weights_are_refused(gain, ridge):
     with pytest.raises(InputError, match="must not be negative"):
         Gram(torch.ones(1, 4), torch.tensor([gain]), ridge)
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5, 100.0])
+def test_rows_summed_up_serve_as_well_as_rows(ridge):
+    _, k, _, gain, p, _ = problem(3, 20, 5)
+    moment = (gain[:, None] * k).T @ k
+    torch.testing.assert_close(Gram.of(moment, ridge).solve(p), Gram(k, gain, ridge).solve(p), rtol=1e-8, atol=1e-10)
+    mixed = Gram(k[:8], gain[:8], ridge, (gain[8:, None] * k[8:]).T @ k[8:])
+    torch.testing.assert_close(mixed.solve(p), Gram(k, gain, ridge).solve(p), rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(Gram.of(2 * moment, ridge).solve(p), Gram(k, gain, ridge).solve(p))
+    with pytest.raises(InputError, match=r"ridge -1 and gains \(smallest none\) must not be negative"):
+        Gram.of(moment, -1)

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from expunge.core.errors import InputError
 from expunge.core.eraser import Run
+from expunge.core.errors import InputError
 from expunge.core.generator import Hook
 from expunge.models.load import load
 from expunge.ops.listening import CrossTap, grid, heat, listen, on_grid, region

@@ -417,3 +417,17 @@ def test_bad_settings_are_one_line(options: dict[str, Any], message: str) -> Non
     with pytest.raises(InputError, match=message) as caught:
         MACE(**{**SHORT, **options}).erase(load("tiny-unet"), Request.of("cat", anchor="dog"), Run())
     assert "\n" not in str(caught.value)
+
+
+def test_families_without_maps_are_refused_before_anything_is_drawn() -> None:
+    with pytest.raises(InputError, match="'tiny-flux' of family 'mmdit' has no cross-attention") as caught:
+        MACE(**SHORT).erase(load("tiny-flux"), Request.of("cat", anchor="dog"), Run())
+    assert "\n" not in str(caught.value)
+
+
+def test_every_phrase_is_drawn_however_few_pictures_are_asked_for() -> None:
+    drawn: list[tuple[int, int]] = []
+    run = Run(progress=lambda label, done, total: drawn.append((done, total)) if label == "drawing" else None)
+    concept = Concept(name="cat", prompts=("cat", "red cat", "blue cat"))
+    MACE(**{**SHORT, "pictures": 1}).erase(load("tiny-unet"), Request(target=(concept,), anchor=(None,)), run)
+    assert drawn[-1] == (3, 3)

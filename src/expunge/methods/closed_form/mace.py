@@ -15,7 +15,7 @@ from expunge.ops.fit import fit
 from expunge.ops.fusion import Learned, fused, refined, row_gram, row_shift, window_gram
 from expunge.ops.levels import noised_at
 from expunge.ops.limits import at_least
-from expunge.ops.listening import listen, masked_attention
+from expunge.ops.listening import CrossTap, listen, masked_attention
 from expunge.ops.ridge import SharedEdit
 from expunge.ops.scenes import Scenes, Segmenter
 from expunge.ops.student import LowRankStudent
@@ -55,12 +55,7 @@ class MACE(Eraser):
     norm: Literal["squared", "plain"] = "squared"
     """squared: ‖·‖_F², the paper's. plain: ‖·‖_F, the code's."""
 
-    templates: tuple[str, ...] = (
-        "{}",
-        "a picture of a {}",
-        "a {} on a plain background",
-        "a flat picture of a {} on blue",
-    )
+    templates: tuple[str, ...] = ("{}", "a picture of a {}", "a {} on a plain background", "a flat picture of a {}")
     """Sentences about target, anchor and retained concepts, ours. The code: 30 for each kind of concept."""
 
     prior: tuple[str, ...] = ("",)
@@ -75,11 +70,11 @@ class MACE(Eraser):
     refinement: Literal["once", "twice"] = "once"
     """How often prior_weight enters refinement: twice, all λ_p times prior_weight once more, is the code's."""
 
-    ridge: float = 100.0
+    ridge: float = 10.0
     """Weight of ‖W' − W‖²_F and ‖W* − W'‖²_F. The paper: 0. The code: 10 to 1000 where it holds no captions."""
 
     pictures: int = 8
-    """Pictures of each concept, drawn by the frozen model."""
+    """Pictures of each concept, drawn by the frozen model; at least one of each phrase."""
 
     guidance_scale: float = 7.5
     """w in u + w · (c − u) of these pictures."""
@@ -106,6 +101,7 @@ class MACE(Eraser):
 
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
         """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
+        CrossTap.of(model)  # refuses models without maps to train on before anything is drawn
         at_least(self, {"steps": 0, "pictures": 1, "batch": 1, "prior_weight": 0, "retain_weight": 0, "ridge": 0})
         sites = {site.path: site.weight for site in model.sites("text_in")}
         kept = sentences(self.templates, [prompt for concept in request.retain for prompt in concept.prompts])
@@ -134,14 +130,14 @@ class MACE(Eraser):
         seed = int(torch.randint(2**31, (), generator=run.rng("concept", index)))
         own = replace(run, seed=seed, log=lambda name, step, x: run.log(name, index * self.steps + step, x))
         lines = sentences(self.templates, concept.prompts)
-        some = [lines[i % len(lines)] for i in range(self.pictures)]
+        some = [lines[i % len(lines)] for i in range(max(self.pictures, len(concept.prompts)))]
         scenes = Scenes.drawn(model, some, own, guidance_scale=self.guidance_scale, steps=self.walk)
         masks = scenes.masks(model, self.masks, type(self).segmenter, self.threshold, self.levels, own)
         said = scenes.columns | ending(scenes.cond) if self.words == "ending" else scenes.columns
         student = LowRankStudent.of(near, [site.path for site in near.sites("text_in")], rank=1, rng=own.rng("factors"))
 
         def loss(step: int) -> Tensor:
-            i = torch.randint(self.pictures, (self.batch,), generator=own.rng("picture", step))
+            i = torch.randint(len(some), (self.batch,), generator=own.rng("picture", step))
             state = noised_at(model, scenes.clean[i], own.rng("noise", step), self.levels)
             maps = listen(student.view(), state, scenes.cond.take(i))
             return masked_attention(maps, said[i], masks[i], squared=self.norm == "squared").mean()

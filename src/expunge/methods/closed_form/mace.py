@@ -70,7 +70,7 @@ class MACE(Eraser):
     refinement: Literal["once", "twice"] = "once"
     """How often prior_weight enters refinement: twice, all λ_p times prior_weight once more, is the code's."""
 
-    ridge: float = 10.0
+    ridge: float = 30.0
     """Weight of ‖W' − W‖²_F and ‖W* − W'‖²_F. The paper: 0. The code: 10 to 1000 where it holds no captions."""
 
     pictures: int = 8

@@ -155,3 +155,15 @@ def test_weights_that_are_not_finite_are_refused():
     torch.testing.assert_close(output_gram([whole, 2 * whole]), 5 * torch.eye(3, dtype=torch.float64))
     with pytest.raises(InputError, match="not finite"):
         output_gram([whole, whole * float("inf")])
+
+
+@pytest.mark.parametrize("ridge", [0.0, 0.5, 100.0])
+def test_rows_summed_up_serve_as_well_as_rows(ridge):
+    _, k, _, gain, p, _ = problem(3, 20, 5)
+    moment = (gain[:, None] * k).T @ k
+    torch.testing.assert_close(Gram.of(moment, ridge).solve(p), Gram(k, gain, ridge).solve(p), rtol=1e-8, atol=1e-10)
+    mixed = Gram(k[:8], gain[:8], ridge, (gain[8:, None] * k[8:]).T @ k[8:])
+    torch.testing.assert_close(mixed.solve(p), Gram(k, gain, ridge).solve(p), rtol=1e-8, atol=1e-10)
+    assert not torch.allclose(Gram.of(2 * moment, ridge).solve(p), Gram(k, gain, ridge).solve(p))
+    with pytest.raises(InputError, match=r"ridge -1 and gains \(smallest none\) must not be negative"):
+        Gram.of(moment, -1)

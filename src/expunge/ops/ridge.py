@@ -27,21 +27,36 @@ class Gram:
 
     Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge:
     eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged.
+    moment: rows already summed up to theirs, added to D.
     """
 
-    def __init__(self, rows: Float[Tensor, "n in"], gain: Float[Tensor, "n"], ridge: float) -> None:
+    def __init__(
+        self,
+        rows: Float[Tensor, "n in"],
+        gain: Float[Tensor, "n"],
+        ridge: float,
+        moment: Float[Tensor, "in in"] | None = None,
+    ) -> None:
         if ridge < 0 or not bool((gain >= 0).all()):
-            raise InputError(f"ridge {ridge} and gains (smallest {gain.min().item()}) must not be negative")
+            least = gain.min().item() if len(gain) else "none"
+            raise InputError(f"ridge {ridge} and gains (smallest {least}) must not be negative")
         self.ridge = ridge
-        z = _merged(rows.double(), gain.double())
+        z = _merged(rows.double(), gain.double()) if len(rows) else rows.double()
         self._rows = z
-        self._wood = ridge > 0 and z.shape[0] <= z.shape[1] // 2
+        self._wood = moment is None and ridge > 0 and z.shape[0] <= z.shape[1] // 2
         inner = z @ z.T if self._wood else z.T @ z
+        if moment is not None:
+            inner = inner + moment.double()
         inner.diagonal().add_(ridge)
         if ridge > 0:
             self._factor = torch.linalg.cholesky(inner)
         else:
             self._values, self._factor = _spectrum(inner)
+
+    @classmethod
+    def of(cls, moment: Float[Tensor, "in in"], ridge: float) -> "Gram":
+        """Factorise ridge I + moment: of rows already summed up, sum_i gain_i k_i k_i^T."""
+        return cls(moment[:0], moment.new_zeros(0), ridge, moment)
 
     def solve(self, rows: Float[Tensor, "r in"]) -> Float[Tensor, "r in"]:
         """Give D^-1 k for every row k, in float64."""

@@ -49,6 +49,13 @@ def wordings(template: str, phrases: Sequence[str], share: float, rng: torch.Gen
     return found
 
 
+def sentences(templates: Sequence[str], phrases: Sequence[str]) -> list[Wording]:
+    """Put every phrase into every template, template by template; raises InputError without any template."""
+    if not templates:
+        raise InputError("templates is (); legal: one sentence or more with one {}, such as 'a photo of {}'")
+    return [line for form in templates for line in wordings(form, phrases, 0.0, torch.Generator())]
+
+
 @dataclass(frozen=True)
 class Shown:
     """Encoded prompts with the positions of what each is about."""

@@ -1,0 +1,78 @@
+"""Refinement and fusion in d × d: any number of rows and concepts at the memory of a few matrices.
+
+Everything is in terms of moments of rows, Σ e eᵀ and Σ (goal − e) eᵀ, which concepts are added to one after the other.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from expunge.core.generator import Generator
+from expunge.ops.ridge import Gram, SharedEdit
+
+Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
+"""Down and up, A "r in" and B "out r": layers differ in height."""
+
+Learned = tuple[Float[Tensor, "in in"], Mapping[str, Factors]]
+"""What one concept brings: the moment of its rows, and its factors B A by path."""
+
+CHUNK = 64  # prompts encoded together: bounds memory, changes no result
+
+
+def row_gram(rows: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
+    """Second moment of rows, Σ e eᵀ, in float64."""
+    return rows.double().T @ rows.double()
+
+
+def row_shift(rows: Float[Tensor, "n in"], goals: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
+    """How rows are to move, Σ (g − e) eᵀ, in float64; exactly 0 where every goal is its row."""
+    return (goals.double() - rows.double()).T @ rows.double()
+
+
+def window_gram(model: Generator, texts: Sequence[str]) -> Float[Tensor, "in in"]:
+    """Second moment of all rows of texts, padding included; 0 for no texts."""
+    total = torch.zeros_like(row_gram(model.encode([""]).tokens[0]))
+    for start in range(0, len(texts), CHUNK):
+        total += row_gram(model.encode(texts[start : start + CHUNK]).tokens.flatten(0, 1))
+    return total
+
+
+def refined(
+    shift: Float[Tensor, "in in"], gram: Float[Tensor, "in in"], prior: Float[Tensor, "in in"], ridge: float
+) -> SharedEdit:
+    """Make every row give what its goal gave, in all layers at once: M = I + X (ridge I + G + P)⁻¹, X the shift.
+
+    W' = W M = argmin Σ ‖W' e − W g‖² + Σ_prior ‖W' p − W p‖² + ridge ‖W' − W‖²_F, with G and P the moments of rows and
+    prior. It is `shared_edit` for many rows.
+    """
+    eye = torch.eye(len(shift), dtype=torch.float64, device=shift.device)
+    return SharedEdit(moves=eye, duals=Gram.of(gram + prior, ridge).solve(shift))
+
+
+def fused(
+    refined: SharedEdit,
+    learned: Sequence[Learned],
+    prior: Float[Tensor, "in in"],
+    ridge: float,
+) -> tuple[SharedEdit, dict[str, Factors]]:
+    """Merge low-rank changes of refined weights into one change: a shared edit and factors, to be added up.
+
+    With W' = W M refined, concept i's rows of moment G_i and change B_i A_i, and prior rows of moment P,
+    W* = argmin Σ_i Σ_e ‖W* e − (W' + B_i A_i) e‖² + Σ_prior ‖W* p − W p‖² + ridge ‖W* − W'‖²_F
+       = W (M + (I − M) P D⁻¹) + Σ_i B_i (A_i G_i D⁻¹),  D = ridge I + Σ_i G_i + P.
+    Factors of all concepts are stacked: their product is the sum. Source: MACE (arXiv:2403.06135), fusion.
+    """
+    total = prior.clone()
+    for own, _ in learned:
+        total += own
+    gram = Gram.of(total, ridge)
+    back = gram.solve(refined.duals @ prior)
+    paths = dict.fromkeys(path for _, factors in learned for path in factors)
+    found: dict[str, Factors] = {}
+    for path in paths:
+        mine = [(own, *factors[path]) for own, factors in learned if path in factors]
+        down = gram.solve(torch.cat([a.double() @ own for own, a, _ in mine]))
+        found[path] = down, torch.cat([b.double() for _, _, b in mine], dim=1)
+    return SharedEdit(moves=refined.moves, duals=refined.duals - back), found

@@ -51,3 +51,24 @@ def test_stacking_and_picking_keep_bands_and_scales() -> None:
     assert stacked.bands == cond.bands and stacked.extra[GUIDANCE].tolist() == [1.0, 1.0, 4.0, 4.0]
     picked = stacked.take(torch.tensor([3]))
     assert picked.bands == cond.bands and picked.extra[GUIDANCE].tolist() == [4.0]
+
+
+class Counting:
+    """Encodes a prompt to its length, and keeps what it was asked."""
+
+    def __init__(self):
+        self.asked = []
+
+    def encode(self, prompts):
+        self.asked.append(list(prompts))
+        sizes = torch.tensor([float(len(prompt)) for prompt in prompts])
+        last = torch.zeros(len(prompts), dtype=torch.long)
+        return Condition(tokens=sizes[:, None, None], mask=torch.ones(len(prompts), 1, dtype=torch.bool), last=last)
+
+
+def test_many_prompts_are_encoded_once_each_in_batches():
+    model = Counting()
+    prompts = ["a", "bb", "a", "ccc", "bb", "dddd"]
+    found = encode_many(model, prompts, size=3)
+    assert model.asked == [["a", "bb", "ccc"], ["dddd"]]
+    assert found.tokens.flatten().tolist() == [len(prompt) for prompt in prompts]

@@ -162,7 +162,7 @@ def test_applying_in_place_is_the_same_edit(keys, dtype):
         expected = old + rows.delta(old)
         torch.testing.assert_close(old + edit.delta(old), expected, rtol=1e-9, atol=1e-11)
         new = old.to(dtype)
-        edit.apply_(new)
+        edit.apply_([new])
         torch.testing.assert_close(new.to(F64), expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
 
 

@@ -79,29 +79,26 @@ class SharedEdit:
         """Give W' - W in float64: (W moves^T) duals."""
         return (weight.double() @ self.moves.T) @ self.duals
 
-    def apply_(self, weight: Float[Tensor, "out in"]) -> None:
-        """Overwrite a weight by W M, computed in its own precision (float32 at least) from factors found in float64.
+    def apply_(self, weights: Sequence[Float[Tensor, "_ in"]]) -> None:
+        """Overwrite every weight by W M, computed in its own precision (float32 at least) from factors in float64.
 
-        One pass reads the weight, one adds to it. In float32 the error is that of rounding M - I once, as the left
+        One pass reads a weight, one adds to it. In float32 the error is that of rounding M - I once, as the left
         factor is orthonormal: nothing large cancels.
         """
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        old = weight.to(wide)
-        left, right = self._factors
-        if left is not None:
-            old.addmm_(old @ left.to(wide), right.to(wide))
-        else:
-            old.add_(old @ right.to(wide))
-        if old is not weight:
-            weight.copy_(old)
+        for wide in {torch.promote_types(weight.dtype, torch.float32) for weight in weights}:
+            right, left = self._factors
+            right, left = right.to(wide), None if left is None else left.to(wide)
+            for weight in weights:
+                if torch.promote_types(weight.dtype, torch.float32) == wide:
+                    _move(weight, left, right)
 
     @cached_property
-    def _factors(self) -> tuple[Tensor | None, Tensor]:
-        """M - I as an orthonormal in x r matrix and an r x in one, or whole (no left factor) where that is cheaper."""
+    def _factors(self) -> tuple[Tensor, Tensor | None]:
+        """Right and left factor of M - I, the left orthonormal; or M - I itself and None where that is cheaper."""
         if 2 * self.moves.shape[0] >= self.moves.shape[1]:
-            return None, self.moves.T @ self.duals
+            return self.moves.T @ self.duals, None
         left, upper = torch.linalg.qr(self.moves.T)
-        return left, upper @ self.duals
+        return upper @ self.duals, left
 
     def matrix(self) -> Float[Tensor, "in in"]:
         """Give M in float64, for diagnostics: c -> M^-1 c undoes the edit wherever M is regular."""
@@ -193,6 +190,17 @@ def ridge_edit(
     old = weight.double()
     wrong = gain.double()[:, None] * (values.double() - keys.double() @ old.T)
     return old + wrong.T @ Gram(keys, gain, ridge).solve(keys)
+
+
+def _move(weight: Tensor, left: Tensor | None, right: Tensor) -> None:
+    """Add W left right to W in place, in the factors' precision."""
+    old = weight.to(right.dtype)
+    if left is None:
+        old.add_(old @ right)
+    else:
+        old.addmm_(old @ left, right)
+    if old is not weight:
+        weight.copy_(old)
 
 
 def _square(rows: Tensor, gain: Tensor) -> Tensor:

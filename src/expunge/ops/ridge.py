@@ -23,6 +23,8 @@ from expunge.core.errors import InputError
 _CUT = 1e-10
 # Rows turned to float64 at a time: 25 MB at width 768, so that 100 000 rows need no second copy.
 _CHUNK = 4096
+# Bytes of a weight edited at a time, so that a low-rank edit reads it from memory once and then from the cache.
+_CACHE = 2**20
 # Column blocks of a symmetric product: only those on and below the diagonal are multiplied, 5/8 of the work.
 _BLOCKS = 4
 
@@ -198,7 +200,8 @@ def _move(weight: Tensor, left: Tensor | None, right: Tensor) -> None:
     if left is None:
         old.add_(old @ right)
     else:
-        old.addmm_(old @ left, right)
+        for part in old.split(max(1, _CACHE // (old.shape[1] * old.element_size()))):
+            part.addmm_(part @ left, right)
     if old is not weight:
         weight.copy_(old)
 

@@ -226,14 +226,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("works", nargs="*", metavar="WORK", help=", ".join(WORKS))
     args = parser.parse_args()
-    known = json.loads(RESULT.read_text()) if RESULT.exists() else []
     for name in args.works or WORKS:
         rows = WORKS[name]()
         for row in rows:
             spent = "  ".join(f"{key} {value:.4g} s" for key, value in row.seconds.items())
             print(f"{row.work}: {row.ratio:.3g} (bar {row.bar}, {'holds' if row.holds else 'falls short'}, n {row.n})")
             print(f"    {spent}\n    {row.error}\n    {row.note}", flush=True)
-        new = {row.work for row in rows}
+        known, new = json.loads(RESULT.read_text()) if RESULT.exists() else [], {row.work for row in rows}
         known = [row for row in known if row["work"] not in new] + [asdict(row) for row in rows]
         RESULT.write_text(json.dumps(known, indent=1) + "\n")
 

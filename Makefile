@@ -8,10 +8,10 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format docs browser clean
+.PHONY: help setup demo test test-full lint format docs bench-closed-form browser clean
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
 
 setup: $(STAMP) ## create .venv with every version pinned
 
@@ -43,6 +43,9 @@ format: setup ## let ruff rewrite what it can
 
 docs: setup ## build the documentation into site/
 	$(BIN)/mkdocs build --strict
+
+bench-closed-form: setup ## closed-form engine against what the official scripts compute, ten minutes on one core
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.closed_form
 
 # The page tests look at report.html in a real browser. Only Debian as root can be helped here; elsewhere they say what is missing.
 browser:

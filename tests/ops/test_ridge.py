@@ -167,3 +167,27 @@ def test_rows_summed_up_serve_as_well_as_rows(ridge):
     assert not torch.allclose(Gram.of(2 * moment, ridge).solve(p), Gram(k, gain, ridge).solve(p))
     with pytest.raises(InputError, match=r"ridge -1 and gains \(smallest none\) must not be negative"):
         Gram.of(moment, -1)
+
+
+@pytest.mark.parametrize("keys", [1, 6, 12, 16, 40, 5000])
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16])
+def test_applying_in_place_is_the_same_edit(keys, dtype):
+    """Low rank, whole, and more keys than columns; `aligned` keeps one factor row a key and changes no result."""
+    weights, k, g, gain, p, hold = problem(3, keys, 6)
+    edit = shared_edit(k, g, gain, p, hold, 0.5)
+    rows = shared_edit(k, g, gain, p, hold, 0.5, aligned=True)
+    assert edit.moves.shape[0] == min(keys, 16) and rows.moves.shape[0] == keys
+    for old in weights:
+        expected = old + rows.delta(old)
+        torch.testing.assert_close(old + edit.delta(old), expected, rtol=1e-9, atol=1e-11)
+        new = old.to(dtype)
+        edit.apply_([new])
+        torch.testing.assert_close(new.to(F64), expected, rtol=0, atol=100 * torch.finfo(dtype).eps)
+
+
+def test_the_blocked_square_is_the_square():
+    rng = torch.Generator().manual_seed(4)
+    for width in (1, 3, 5, 16, 33):
+        weights = [torch.randn(out, width, generator=rng) for out in (4, 7)]
+        expected = sum(weight.double().T @ weight.double() for weight in weights)
+        torch.testing.assert_close(output_gram(weights), expected, rtol=1e-12, atol=1e-12)

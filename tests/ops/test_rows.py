@@ -5,7 +5,9 @@ import torch
 
 from expunge.core.condition import GUIDANCE, Condition
 from expunge.core.errors import InputError
-from expunge.ops.rows import aligned_tails, at_scales, bands, subject_row
+from expunge.models.tiny import tiny_pipeline
+from expunge.models.unet import UNetGenerator
+from expunge.ops.rows import aligned_tails, at_scales, bands, encode_many, subject_row
 
 
 def condition(words: list[int], *, cut: int = 0, guided: bool = False) -> Condition:
@@ -51,3 +53,14 @@ def test_stacking_and_picking_keep_bands_and_scales() -> None:
     assert stacked.bands == cond.bands and stacked.extra[GUIDANCE].tolist() == [1.0, 1.0, 4.0, 4.0]
     picked = stacked.take(torch.tensor([3]))
     assert picked.bands == cond.bands and picked.extra[GUIDANCE].tolist() == [4.0]
+
+
+def test_many_prompts_are_encoded_once_each_in_batches(monkeypatch) -> None:
+    model, asked = UNetGenerator(tiny_pipeline("tiny-unet"), "tiny-unet"), []
+    plain = model.encode
+    monkeypatch.setattr(model, "encode", lambda prompts: (asked.append(list(prompts)), plain(prompts))[1])
+    prompts = ["cat", "dog", "cat", "car", "dog", "banana"]
+    found = encode_many(model, prompts, size=3)
+    assert asked == [["cat", "dog", "car"], ["banana"]]
+    torch.testing.assert_close(found.tokens, plain(prompts).tokens)
+    assert found.last.tolist() == plain(prompts).last.tolist()

@@ -11,6 +11,7 @@ depend on W, so all layers that read the same text share one factorisation. No i
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from jaxtyping import Float
@@ -20,14 +21,21 @@ from expunge.core.errors import InputError
 
 # Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them.
 _CUT = 1e-10
+# Rows turned to float64 at a time: 25 MB at width 768, so that 100 000 rows need no second copy.
+_CHUNK = 4096
+# Bytes of a weight edited at a time, so that a low-rank edit reads it from memory once and then from the cache.
+_CACHE = 2**20
+# Column blocks of a symmetric product: only those on and below the diagonal are multiplied, 5/8 of the work.
+_BLOCKS = 4
 
 
 class Gram:
     """A factorised D = ridge I + sum_i gain_i k_i k_i^T.
 
     Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge:
-    eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged.
-    moment: rows already summed up to theirs, added to D.
+    eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged
+    where that may make them few; in a sum over many it changes nothing. moment: rows already summed up to theirs, added
+    to D.
     """
 
     def __init__(
@@ -41,10 +49,12 @@ class Gram:
             least = gain.min().item() if len(gain) else "none"
             raise InputError(f"ridge {ridge} and gains (smallest {least}) must not be negative")
         self.ridge = ridge
-        z = _merged(rows.double(), gain.double()) if len(rows) else rows.double()
-        self._rows = z
-        self._wood = moment is None and ridge > 0 and z.shape[0] <= z.shape[1] // 2
-        inner = z @ z.T if self._wood else z.T @ z
+        if 0 < rows.shape[0] <= 4 * rows.shape[1]:
+            rows, gain = _merged(rows.double(), gain.double())
+        self._wood = moment is None and ridge > 0 and rows.shape[0] <= rows.shape[1] // 2
+        if self._wood:
+            self._rows = rows.double() * gain.double().sqrt()[:, None]
+        inner = self._rows @ self._rows.T if self._wood else _square(rows, gain)
         if moment is not None:
             inner = inner + moment.double()
         inner.diagonal().add_(ridge)
@@ -73,18 +83,39 @@ class Gram:
 class SharedEdit:
     """One operator M that edits every layer reading the text: W' = W M, M = I + moves^T duals.
 
-    Its factors take 2 r in numbers; rank(W' - W) <= r, the number of erased rows.
+    Its factors take 2 r in numbers; rank(W' - W) <= r, the number of erased rows or the width if that is less.
     Source: UCE (arXiv:2308.14761, eq. 7), written as a rank-r update.
     """
 
     moves: Float[Tensor, "r in"]
-    """Gain-weighted differences goal - key."""
+    """Gain-weighted differences goal - key; the identity where there are more of them than columns."""
     duals: Float[Tensor, "r in"]
-    """D^-1 key."""
+    """D^-1 key; (moves^T keys) D^-1 where moves is the identity."""
 
     def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
         """Give W' - W in float64: (W moves^T) duals."""
         return (weight.double() @ self.moves.T) @ self.duals
+
+    def apply_(self, weights: Sequence[Float[Tensor, "_ in"]]) -> None:
+        """Overwrite every weight by W M, computed in its own precision (float32 at least) from factors in float64.
+
+        One pass reads a weight, one adds to it. In float32 the error is that of rounding M - I once, as the left
+        factor is orthonormal: nothing large cancels.
+        """
+        for wide in {torch.promote_types(weight.dtype, torch.float32) for weight in weights}:
+            right, left = self._factors
+            right, left = right.to(wide), None if left is None else left.to(wide)
+            for weight in weights:
+                if torch.promote_types(weight.dtype, torch.float32) == wide:
+                    _move(weight, left, right)
+
+    @cached_property
+    def _factors(self) -> tuple[Tensor, Tensor | None]:
+        """Right and left factor of M - I, the left orthonormal; or M - I itself and None where that is cheaper."""
+        if 2 * self.moves.shape[0] >= self.moves.shape[1]:
+            return self.moves.T @ self.duals, None
+        left, upper = torch.linalg.qr(self.moves.T)
+        return upper @ self.duals, left
 
     def matrix(self) -> Float[Tensor, "in in"]:
         """Give M in float64, for diagnostics: c -> M^-1 c undoes the edit wherever M is regular."""
@@ -104,15 +135,25 @@ def shared_edit(
     retain: Float[Tensor, "m in"],
     retain_gain: Float[Tensor, "m"],
     ridge: float,
+    *,
+    aligned: bool = False,
 ) -> SharedEdit:
     """Send every key to what its goal gave, hold the retained rows, stay near the old weights.
 
     Minimizes sum gain |W' k - W g|^2 + sum retain_gain |W' p - W p|^2 + ridge |W' - W|^2 for all W at once. Retained
-    rows enter D only: if no key moves, nothing changes, exactly.
+    rows enter D only: if no key moves, nothing changes, exactly. With more keys than columns the factors are the
+    identity and X D^-1, X = sum gain (g - k) k^T, unless `aligned` asks for one row of each factor per key.
     """
     gram = Gram(torch.cat([keys, retain]), torch.cat([gain, retain_gain]), ridge)
-    moves = gain.double()[:, None] * (goals.double() - keys.double())
-    return SharedEdit(moves=moves, duals=gram.solve(keys))
+    width = keys.shape[1]
+    if aligned or keys.shape[0] <= width:
+        moves = gain.double()[:, None] * (goals.double() - keys.double())
+        return SharedEdit(moves=moves, duals=gram.solve(keys))
+    cross = keys.new_zeros(width, width, dtype=torch.float64)
+    for key, goal, weight in zip(*(side.split(_CHUNK) for side in (keys, goals, gain)), strict=True):
+        cross.addmm_((weight[:, None] * (goal.double() - key.double())).T, key.double())
+    eye = torch.eye(width, dtype=torch.float64, device=keys.device)
+    return SharedEdit(moves=eye, duals=gram.solve(cross))
 
 
 def output_gram(weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "in in"]:
@@ -173,11 +214,44 @@ def ridge_edit(
     return old + wrong.T @ Gram(keys, gain, ridge).solve(keys)
 
 
-def _merged(rows: Tensor, gain: Tensor) -> Tensor:
-    """Scale rows by sqrt(gain), equal rows taken together: every prompt repeats the opening token."""
+def _move(weight: Tensor, left: Tensor | None, right: Tensor) -> None:
+    """Add W left right to W in place, in the factors' precision."""
+    old = weight.to(right.dtype)
+    if left is None:
+        old.add_(old @ right)
+    else:
+        for part in old.split(max(1, _CACHE // (old.shape[1] * old.element_size()))):
+            part.addmm_(part @ left, right)
+    if old is not weight:
+        weight.copy_(old)
+
+
+def _square(rows: Tensor, gain: Tensor) -> Tensor:
+    """Give sum_i gain_i k_i k_i^T in float64."""
+    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
+    for part, weight in zip(rows.split(_CHUNK), gain.split(_CHUNK), strict=True):
+        _add_square(total, part.double() * weight.double().sqrt()[:, None])
+    return _mirrored(total)
+
+
+def _add_square(total: Tensor, rows: Tensor) -> None:
+    """Add rows^T rows to the blocks of `total` on and below its diagonal."""
+    width = rows.shape[1]
+    step = -(-width // _BLOCKS)
+    for start in range(0, width, step):
+        total[start:, start : start + step].addmm_(rows[:, start:].T, rows[:, start : start + step])
+
+
+def _mirrored(total: Tensor) -> Tensor:
+    """Fill what is above the diagonal from what is below."""
+    return total.tril() + total.tril(-1).T
+
+
+def _merged(rows: Tensor, gain: Tensor) -> tuple[Tensor, Tensor]:
+    """Take equal rows together, their gains added: every prompt repeats the opening token."""
     unique, where = torch.unique(rows, dim=0, return_inverse=True)
     weight = torch.zeros(unique.shape[0], dtype=torch.float64, device=rows.device).index_add_(0, where, gain)
-    return unique * weight.sqrt()[:, None]
+    return unique, weight
 
 
 def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from expunge.core.condition import GUIDANCE, Condition
 from expunge.core.errors import InputError
-from expunge.core.generator import State
+from expunge.core.generator import Generator, State
 
 Rows = Literal["word", "words", "tail", "window"]
 """Which rows of a prompt: its last word's; opening token, words and first closing token; last word to the window's
@@ -25,6 +25,16 @@ def join_states(states: list[State]) -> State:
     """One state that holds the rows of all given states, in order."""
     times = [state.t for state in states if state.t is not None]
     return State(x=torch.cat([state.x for state in states]), t=torch.cat(times) if times else None)
+
+
+def encode_many(model: Generator, prompts: Sequence[str], size: int = 64) -> Condition:
+    """Encode any number of prompts, each wording once, `size` at a time: a thousand at once would need gigabytes."""
+    wordings = list(dict.fromkeys(prompts))
+    found = Condition.cat([model.encode(wordings[start : start + size]) for start in range(0, len(wordings), size)])
+    if len(wordings) == len(prompts):
+        return found
+    place = {wording: index for index, wording in enumerate(wordings)}
+    return found.take(torch.tensor([place[prompt] for prompt in prompts], device=found.tokens.device))
 
 
 def subject_row(cond: Condition, row: int) -> Float[Tensor, "1 d"]:

@@ -12,7 +12,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
 from expunge.ops.ridge import SharedEdit, output_gram, residual_rows, shared_edit
-from expunge.ops.rows import prompt_rows, row_pairs
+from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.weights import WeightPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -81,7 +81,7 @@ class RECE(Eraser):
         if self.epochs < 0:
             raise InputError(f"epochs is {self.epochs}; legal: 0 or more")
         target, anchor = (model.encode(side) for side in zip(*request.pairs, strict=True))
-        kept = model.encode(["", *(prompt for concept in request.retain for prompt in concept.prompts)])
+        kept = encode_many(model, ["", *(prompt for concept in request.retain for prompt in concept.prompts)])
         deltas = {}
         for route in sorted({site.reads for site in sites}):
             mine = [site for site in sites if site.reads == route]

@@ -11,7 +11,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Family, Generator
 from expunge.ops.ridge import SharedEdit, shared_edit
-from expunge.ops.rows import prompt_rows, row_pairs
+from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.weights import WeightPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
@@ -71,7 +71,7 @@ class UCE(Eraser):
         target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
         retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
         retained = ["", *retained] if self.mode == "uce2023" else retained
-        kept = model.encode(retained) if retained else None
+        kept = encode_many(model, retained) if retained else None
         solved = {}
         for route in sorted({site.reads for site in sites}):
             pairs = row_pairs(target, anchor, route, "tail" if self.mode == "uce2023" else "word")
@@ -93,7 +93,8 @@ class UCE(Eraser):
         keys, goals = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         rows = torch.cat([*kept, keys[:0]])
         gain, retain_gain = keys.new_full(keys.shape[:1], self.strength), keys.new_full(rows.shape[:1], weight)
-        return shared_edit(keys, goals, gain, rows, retain_gain, self.ridge)
+        aligned = self.technique == "tensor"
+        return shared_edit(keys, goals, gain, rows, retain_gain, self.ridge, aligned=aligned)
 
     def _off_target(self, site: EditSite, pairs: Pairs) -> Tensor:
         """Moves of one layer in the tensor technique: goal g − alpha · c, alpha = ⟨W c, W g⟩ / ‖W c‖² per pair."""

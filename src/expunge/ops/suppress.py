@@ -67,7 +67,7 @@ class Component:
     def evidence(self, cond: Condition) -> Float[Tensor, "b"]:
         """Largest cosine of the angle between the axis and a closing row as seen from the anchor's, in float64.
 
-        max over closing rows i of <e_i - o, axis> / |e_i - o|, o the origin; signed, so the anchor's own side counts against.
+        max over closing rows i of <e_i - o, axis> / |e_i - o|, o the origin; the anchor's side counts against.
         """
         off = cond.tokens.double() - self.origin
         cosine = (off @ self.axis) / off.norm(dim=-1).clamp(min=1e-12)
@@ -106,7 +106,7 @@ def component(
     reach: float,
     goal: Literal["anchor", "zero"],
 ) -> Component:
-    """Find a concept in the rows of a vocabulary, each text faced by its anchor, and the gate that spares the unrelated.
+    """Find a concept in the rows of a vocabulary, each text faced by its anchor, and the gate that spares other texts.
 
     low: the largest evidence of the unrelated, high = low + reach * (the least of the vocabulary - low). Where the two
     are less than GAP apart the target comes first: low is then GAP below the vocabulary's. Raises InputError where

@@ -18,7 +18,7 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
 from expunge.ops.suppress import Component, Suppressor, TokenCorrection, added, component, orthogonal_loss
-from expunge.ops.trajectory import Walk
+from expunge.ops.trajectory import Lesson, Walk
 from expunge.patches.guard import GuardPatch
 
 
@@ -31,7 +31,7 @@ class CESDWV(Eraser):
     and SDXL's pooled text have a basis each.
     2. Suppression of a prompt's rows e, never of its opening one: e' = e − strength · alpha · (e − m) Bᵀ B. alpha in
     [0, 1] is one number a prompt and grows with its evidence, the largest cosine of its closing rows, seen from the
-    anchor's, with the mean difference: 0 up to that of anything retained (the anchor, if nothing is), 1 from `reach` on.
+    anchor's, with the mean difference: 0 up to that of what is retained (or the anchor), 1 from `reach` on.
     3. A correction D "l d" is added, e' + alpha · D: it makes the frozen network predict under the suppressed target
     what it predicts under the anchor, by a gradient u − ⟨u, v⟩ / ‖v‖² · v, v the gradient of what D, added to retained
     prompts, would do to them. With the guard gone, the model is the old one: whoever holds it can remove it.
@@ -57,7 +57,7 @@ class CESDWV(Eraser):
     """Sentences the vocabulary is read in, each with one {}."""
 
     goal: Literal["anchor", "zero"] = "anchor"
-    """m: anchor, the mean of the anchor's rows, whose coordinates the prompt is left with. zero: 0, the spec's e' B = 0;
+    """m: anchor, the mean of the anchor's rows, whose coordinates the prompt is left with. zero: 0, so that e' Bᵀ = 0;
     what anchor and target share along B is then gone too."""
 
     gate: Literal["adaptive", "always"] = "adaptive"
@@ -89,15 +89,13 @@ class CESDWV(Eraser):
         """Guard that remembers bases, gates and the correction."""
         if model.family not in self.families:
             raise InputError(
-                f"ce_sdwv reads the rows of a U-Net's prompt; {model.name!r} is of family {model.family!r}"
+                f"ce_sdwv reads a U-Net's prompt; family of {model.name!r} is {model.family!r}, legal: unet"
             )
         if self.steps < 0:
             raise InputError(f"steps is {self.steps}; legal: 0 and above")
         for form in self.templates or ("",):
             if form.count("{}") != 1:
-                raise InputError(
-                    f"template is {form!r}; legal: one {{}} where the phrase goes, as in 'a photo of {{}}'"
-                )
+                raise InputError(f"template is {form!r}; legal: with one {{}}, as in 'a photo of {{}}'")
         facing = [self._texts(i, request) for i in range(len(request.target))]
         kept = [form.format(p) for c in request.retain for p in c.prompts for form in self.templates]
         found = [component(model, *side, kept or side[1], self.energy, self.reach, self.goal) for side in facing]
@@ -127,26 +125,25 @@ class CESDWV(Eraser):
         self, model: Generator, guard: Suppressor, sides: Sequence[Sequence[str]], kept: Sequence[str], run: Run
     ) -> Suppressor:
         """The guard with a correction fitted to the frozen network."""
-        target, anchor, plain = (model.encode([text for text in texts]) for texts in (*sides, kept))
-        gone = replace(guard, strength=self.strength).condition(target)
+        target, anchor, plain = (model.encode(texts) for texts in (*sides, kept))
+        gone = guard.condition(target)
         learner, whole = TokenCorrection(model, target), torch.ones(self.batch, dtype=torch.float64)
         lessons = []
-        for prompts, goal, name in ((target, anchor, "erase"), (plain, plain, "retain")):
+        for prompts, goals in ((target, anchor), (plain, plain)):
             walk = Walk(prompts=prompts, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
-            own = replace(run, seed=int(torch.randint(2**31, (), generator=run.rng(name))))
 
-            def teach(state: State, which: Tensor, goal: Condition = goal) -> tuple[Tensor]:
-                return (model.predict(state, goal.take(which)),)
+            def teach(state: State, which: Tensor, goals: Condition = goals) -> tuple[Tensor]:
+                return (model.predict(state, goals.take(which)),)
 
-            lessons.append(walk.pooled(model, teach, own, size=max(self.pool, len(prompts))))
+            lessons.append(walk.pooled(model, teach, run, size=max(self.pool, len(prompts))))
+
+        def miss(seen: Lesson, rows: Condition) -> Tensor:
+            pred = model.predict(seen.state, added(rows.take(seen.which), learner.rows, whole))
+            return model.distance(pred, seen.goals[0]).mean()
 
         def loss(step: int) -> Tensor:
-            misses = []
-            for lesson, rows in zip(lessons, (gone, plain), strict=True):
-                seen = lesson(step)
-                pred = model.predict(seen.state, added(rows.take(seen.which), learner.rows, whole))
-                misses.append(model.distance(pred, seen.goals[0]).mean())
-            return orthogonal_loss(*misses, learner.parameters, self.retain_weight)
+            erase, retain = (miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True))
+            return orthogonal_loss(erase, retain, learner.parameters, self.retain_weight)
 
         fit(learner, loss, run, steps=self.steps, lr=self.lr)
         return replace(guard, correction=learner.rows.detach())

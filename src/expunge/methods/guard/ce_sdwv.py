@@ -1,10 +1,10 @@
 """CE-SDWV, a reconstruction: take a concept's components out of the prompt's embeddings (Tu et al., 2025).
 
-RECONSTRUCTION: only the abstract and the names of the three stages were available to us, and no code. Which rows are
-used, the gate, the losses and every default are our reading; nothing may be reported as "the paper's number".
+RECONSTRUCTION: only the abstract and the stages' names were available to us, and no code. Rows, gate, losses and every
+default are our reading; nothing may be reported as "the paper's number".
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, Literal
 
@@ -20,6 +20,8 @@ from expunge.ops.fit import fit
 from expunge.ops.suppress import Component, Suppressor, TokenCorrection, added, component, orthogonal_loss
 from expunge.ops.trajectory import Lesson, Walk
 from expunge.patches.guard import GuardPatch
+
+Texts = list[list[str]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class CESDWV(Eraser):
     """Sampler steps of a whole walk."""
 
     pool: int = 32
-    """States walked once, by the frozen model, for each of the two losses."""
+    """States walked once, by the frozen model, for each of the two losses; at least one per text."""
 
     batch: int = 4
     """States per step."""
@@ -96,7 +98,7 @@ class CESDWV(Eraser):
         for form in self.templates or ("",):
             if form.count("{}") != 1:
                 raise InputError(f"template is {form!r}; legal: with one {{}}, as in 'a photo of {{}}'")
-        facing = [self._texts(i, request) for i in range(len(request.target))]
+        facing = [self._texts(index, request) for index in range(len(request.target))]
         kept = [form.format(p) for c in request.retain for p in c.prompts for form in self.templates]
         found = [component(model, *side, kept or side[1], self.energy, self.reach, self.goal) for side in facing]
         nothing = torch.zeros_like(model.encode([""]).tokens[0])
@@ -109,7 +111,7 @@ class CESDWV(Eraser):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> GuardPatch:
         """Rebuild the guard from its stored bases, gates and correction."""
-        method = cls(**meta["config"])
+        method = cls(**{key: tuple(set_) if isinstance(set_, list) else set_ for key, set_ in meta["config"].items()})
         found = tuple(Component.restored(tensors, index) for index in range(meta["concepts"]))
         return method._patch(Suppressor(found, method.strength, method.gate == "adaptive", tensors["correction"]))
 
@@ -121,9 +123,7 @@ class CESDWV(Eraser):
         faced = [(form.format(t), form.format(a) if a else "") for t, a in pairs for form in self.templates]
         return [t for t, _ in faced], [a for _, a in faced]
 
-    def _adapted(
-        self, model: Generator, guard: Suppressor, sides: Sequence[Sequence[str]], kept: Sequence[str], run: Run
-    ) -> Suppressor:
+    def _adapted(self, model: Generator, guard: Suppressor, sides: Texts, kept: list[str], run: Run) -> Suppressor:
         """The guard with a correction fitted to the frozen network."""
         target, anchor, plain = (model.encode(texts) for texts in (*sides, kept))
         gone = guard.condition(target)
@@ -142,8 +142,8 @@ class CESDWV(Eraser):
             return model.distance(pred, seen.goals[0]).mean()
 
         def loss(step: int) -> Tensor:
-            erase, retain = (miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True))
-            return orthogonal_loss(erase, retain, learner.parameters, self.retain_weight)
+            lost = [miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True)]
+            return orthogonal_loss(lost[0], lost[1], learner.parameters, self.retain_weight)
 
         fit(learner, loss, run, steps=self.steps, lr=self.lr)
         return replace(guard, correction=learner.rows.detach())

@@ -116,7 +116,6 @@ class CESDWV(Eraser):
         return method._patch(Suppressor(found, method.strength, method.gate == "adaptive", tensors["correction"]))
 
     def _texts(self, index: int, request: Request) -> tuple[list[str], list[str]]:
-        """Vocabulary of one target in every template, and what each text faces."""
         one = Request(target=(request.target[index],), anchor=(request.anchor[index],))
         pairs = list(one.pairs)
         pairs += [(word, pairs[0][1]) for word in self.words if index == 0]
@@ -124,7 +123,6 @@ class CESDWV(Eraser):
         return [t for t, _ in faced], [a for _, a in faced]
 
     def _adapted(self, model: Generator, guard: Suppressor, sides: Texts, kept: list[str], run: Run) -> Suppressor:
-        """The guard with a correction fitted to the frozen network."""
         target, anchor, plain = (model.encode(texts) for texts in (*sides, kept))
         gone = guard.condition(target)
         learner, whole = TokenCorrection(model, target), torch.ones(self.batch, dtype=torch.float64)

@@ -59,8 +59,7 @@ class CESDWV(Eraser):
     """Sentences the vocabulary is read in, each with one {}."""
 
     goal: Literal["anchor", "zero"] = "anchor"
-    """m: anchor, the mean of the anchor's rows, whose coordinates the prompt is left with. zero: 0, so that e' Bᵀ = 0;
-    what anchor and target share along B is then gone too."""
+    """m: anchor, the mean of the anchor's rows, whose coordinates remain. zero: 0, so that e' Bᵀ = 0 at strength 1."""
 
     gate: Literal["adaptive", "always"] = "adaptive"
     """always: alpha is 1 for every prompt, an oblivious projection."""
@@ -101,8 +100,8 @@ class CESDWV(Eraser):
         facing = [self._texts(index, request) for index in range(len(request.target))]
         kept = [form.format(p) for c in request.retain for p in c.prompts for form in self.templates]
         found = [component(model, *side, kept or side[1], self.energy, self.reach, self.goal) for side in facing]
-        nothing = torch.zeros_like(model.encode([""]).tokens[0])
-        guard = Suppressor(tuple(found), self.strength, self.gate == "adaptive", nothing)
+        none = torch.zeros_like(model.encode([""]).tokens[0])
+        guard = Suppressor(tuple(found), self.strength, self.gate == "adaptive", none)
         if self.steps and self.strength:
             sides = [[text for side in facing for text in side[part]] for part in (0, 1)]
             guard = self._adapted(model, guard, sides, kept or sides[1], run)
@@ -110,8 +109,9 @@ class CESDWV(Eraser):
 
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> GuardPatch:
-        """Rebuild the guard from its stored bases, gates and correction."""
-        method = cls(**{key: tuple(set_) if isinstance(set_, list) else set_ for key, set_ in meta["config"].items()})
+        """Rebuild the guard from what it stored."""
+        config: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in meta["config"].items()}
+        method = cls(**config)
         found = tuple(Component.restored(tensors, index) for index in range(meta["concepts"]))
         return method._patch(Suppressor(found, method.strength, method.gate == "adaptive", tensors["correction"]))
 

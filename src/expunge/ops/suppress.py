@@ -21,7 +21,7 @@ from expunge.ops.surgery import dot
 from expunge.patches.guard import PassGuard
 
 KINDS = ("word", "tail", "pooled")
-GAP = 0.2
+GAP = 0.1
 """Least distance in evidence between what is wholly suppressed and what is wholly spared."""
 
 

@@ -13,7 +13,7 @@ from expunge.testing import Check, eraser_checks
 
 METHODS = sorted(catalogue("methods"))
 SHORT: dict[str, dict[str, Any]] = {
-    name: {"steps": 4, "walk": 2, "pool": 4, "batch": 1} for name in ("esd", "all_but_one", "erase_anything")
+    name: {"steps": 4, "walk": 2, "pool": 4, "batch": 1} for name in ("esd", "all_but_one", "erase_anything", "ce_sdwv")
 } | {"mace": {"steps": 4, "walk": 2, "pictures": 2, "batch": 1}}
 CASES = [
     pytest.param(check, id=f"{name}-{check.name}") for name in METHODS for check in eraser_checks(find("methods", name))

@@ -1,0 +1,227 @@
+"""Components of a concept in a prompt's embedding rows: found in a vocabulary, measured in a prompt, taken out.
+
+Rows are of three kinds: words, closing rows (closing token and padding, which carry the sentence), the pooled text.
+The opening token belongs to none and never moves.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from expunge.core.condition import Condition
+from expunge.core.errors import InputError
+from expunge.core.generator import Generator
+from expunge.ops.rows import pooled_rows
+from expunge.ops.student import Learner
+from expunge.ops.surgery import dot
+from expunge.patches.guard import PassGuard
+
+KINDS = ("word", "tail", "pooled")
+GAP = 0.1
+"""Least distance in evidence between what is wholly suppressed and what is wholly spared."""
+
+
+def principal(rows: Float[Tensor, "n d"], energy: float) -> Float[Tensor, "r d"]:
+    """Orthonormal rows spanning the fewest leading directions that hold a share of the rows' squares, in float64.
+
+    Uncentred: Y = U S V^T, the first r columns of V with sum_{i <= r} s_i^2 >= energy * sum s_i^2. Raises InputError
+    for rows that are all zero and for an energy outside (0, 1].
+    """
+    if not 0 < energy <= 1:
+        raise InputError(f"energy is {energy}; legal: above 0, at most 1")
+    found = torch.linalg.svd(rows.double(), full_matrices=False)
+    share = found.S.square().cumsum(0) / found.S.square().sum()
+    if not bool(found.S.any()):
+        raise InputError("these rows do not differ, so they have no component; choose another target or anchor")
+    return found.Vh[: int((share < energy - 1e-12).sum()) + 1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """What a concept is in one kind of row: an orthonormal basis B, and where its coordinates are to end."""
+
+    basis: Float[Tensor, "r d"]
+    centre: Float[Tensor, "d"]
+
+    def held(self, rows: Float[Tensor, "*n d"]) -> Float[Tensor, "*n d"]:
+        """Give the part of rows that lies in the basis as seen from the centre, (e - m) B B^T, in float64."""
+        return ((rows.double() - self.centre) @ self.basis.T) @ self.basis
+
+
+@dataclass(frozen=True)
+class Component:
+    """One concept: its parts by kind of row ("word", "tail", "pooled"), and what tells a prompt that shows it."""
+
+    parts: Mapping[str, Part]
+    axis: Float[Tensor, "d"]
+    """Unit vector along the mean difference of the target's closing rows and the anchor's."""
+    origin: Float[Tensor, "d"]
+    """Mean of the anchor's closing rows, from which prompts are seen."""
+    gate: Float[Tensor, "2"]
+    """low, high: evidence at which suppression begins, and at which it is whole."""
+
+    def evidence(self, cond: Condition) -> Float[Tensor, "b"]:
+        """Largest cosine of the angle between the axis and a closing row as seen from the anchor's, in float64.
+
+        max over closing rows i of <e_i - o, axis> / |e_i - o|, o the origin; the anchor's side counts against.
+        """
+        off = cond.tokens.double() - self.origin
+        cosine = (off @ self.axis) / off.norm(dim=-1).clamp(min=1e-12)
+        return cosine.masked_fill(~row_kinds(cond)["tail"], -1.0).amax(1)
+
+    def alpha(self, cond: Condition) -> Float[Tensor, "b"]:
+        """How much is to be suppressed: clip((evidence - low) / (high - low), 0, 1)."""
+        low, high = self.gate
+        return ((self.evidence(cond) - low) / (high - low)).clamp(0, 1)
+
+    def removed(self, cond: Condition, alpha: Float[Tensor, "b"]) -> Condition:
+        """Take the parts out of every row but the opening one: e' = e - alpha (e - m) B B^T."""
+        tokens = cond.tokens.double()
+        for kind, mask in row_kinds(cond).items():
+            share = alpha[:, None, None] * mask[..., None]
+            tokens = tokens - share * self.parts[kind].held(cond.tokens)
+        pooled = cond.pooled
+        if pooled is not None:
+            pooled = (pooled.double() - alpha[:, None] * self.parts["pooled"].held(pooled)).to(pooled.dtype)
+        return replace(cond, tokens=tokens.to(cond.tokens.dtype), pooled=pooled)
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], index: int) -> "Component":
+        """Rebuild the component that `Suppressor.tensors` stored under a number."""
+        kinds = [kind for kind in KINDS if f"{index}.{kind}.basis" in tensors]
+        parts = {kind: Part(tensors[f"{index}.{kind}.basis"], tensors[f"{index}.{kind}.centre"]) for kind in kinds}
+        return cls(parts, *(tensors[f"{index}.{name}"] for name in ("axis", "origin", "gate")))
+
+
+def component(
+    model: Generator,
+    targets: Sequence[str],
+    anchors: Sequence[str],
+    unrelated: Sequence[str],
+    energy: float,
+    reach: float,
+    goal: Literal["anchor", "zero"],
+) -> Component:
+    """Find a concept in the rows of a vocabulary, each text faced by its anchor, and the gate that spares other texts.
+
+    low: the largest evidence of the unrelated, high = low + reach * (the least of the vocabulary - low). Where the two
+    are less than GAP apart the target comes first: low is then GAP below the vocabulary's. Raises InputError where
+    target and anchor read alike, and for a reach outside (0, 1].
+    """
+    if not 0 < reach <= 1:
+        raise InputError(f"reach is {reach}; legal: above 0, at most 1")
+    target, anchor = model.encode(targets), model.encode(anchors)
+    parts, axis = {}, None
+    for kind in KINDS[: 2 if target.pooled is None else 3]:
+        pairs = [facing_rows(target, anchor, row, kind) for row in range(len(target))]
+        old, new = (torch.cat(side).double() for side in zip(*pairs, strict=True))
+        parts[kind] = Part(principal(old - new, energy), new.mean(0) if goal == "anchor" else torch.zeros_like(new[0]))
+        if kind == "tail":
+            axis, origin = torch.nn.functional.normalize((old - new).mean(0), dim=0), new.mean(0)
+    assert axis is not None
+    found = Component(parts, axis, origin, axis.new_tensor([0.0, 1.0]))
+    least, low = found.evidence(target).min(), found.evidence(model.encode(unrelated)).max()
+    low = torch.minimum(low, least - GAP)
+    return replace(found, gate=torch.stack([low, low + reach * (least - low)]))
+
+
+def facing_rows(
+    target: Condition, anchor: Condition, row: int, kind: str
+) -> tuple[Float[Tensor, "n d"], Float[Tensor, "n d"]]:
+    """Rows of one kind of a text with those of its anchor: words from the last one back, closing rows from there on.
+
+    An empty anchor has no words: its first closing row faces the last word.
+    """
+    if kind == "pooled":
+        return pooled_rows(target)[row], pooled_rows(anchor)[row]
+    ends = [max(int(cond.last[row]), 1) for cond in (target, anchor)]
+    count = min(ends) if kind == "word" else target.tokens.shape[1] - 1 - max(ends)
+    starts = [end + 1 - count if kind == "word" else end + 1 for end in ends]
+    old, new = (cond.tokens[row, at : at + count] for cond, at in zip((target, anchor), starts, strict=True))
+    return old, new
+
+
+def row_kinds(cond: Condition) -> dict[str, Bool[Tensor, "b l"]]:
+    """Which positions are words and which close the prompt; the opening token, at position 0, is neither."""
+    place = torch.arange(cond.tokens.shape[1], device=cond.tokens.device)
+    last = cond.last[:, None]
+    return {"word": (place > 0) & (place <= last), "tail": place > last}
+
+
+@dataclass(frozen=True)
+class Suppressor(PassGuard):
+    """Takes components out of the encoded prompt before sampling starts, and adds a learned correction where it does.
+
+    e' = e - sum_k strength alpha_k (e - m_k) B_k B_k^T + (max_k alpha_k) D, concept after concept; D is zero in row 0.
+    """
+
+    components: tuple[Component, ...]
+    strength: float
+    adaptive: bool
+    """False: alpha is 1 whatever the prompt."""
+    correction: Float[Tensor, "l d"]
+
+    def condition(self, cond: Condition) -> Condition:
+        """Suppress; where alpha is 0 a prompt comes back bit for bit."""
+        done, most = cond, torch.zeros(len(cond), dtype=torch.float64, device=cond.tokens.device)
+        for part in self.components:
+            alpha = part.alpha(cond) if self.adaptive else torch.ones_like(most)
+            done, most = part.removed(done, self.strength * alpha), torch.maximum(most, alpha)
+        return added(done, self.correction, most if self.strength else 0 * most)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Give all that it knows as tensors, `<concept>.<kind>.basis` and so on."""
+        found = {"correction": self.correction}
+        for index, part in enumerate(self.components):
+            found |= {f"{index}.{name}": getattr(part, name) for name in ("axis", "origin", "gate")}
+            for kind, own in part.parts.items():
+                found |= {f"{index}.{kind}.basis": own.basis, f"{index}.{kind}.centre": own.centre}
+        return found
+
+
+def added(cond: Condition, correction: Float[Tensor, "l d"], share: Float[Tensor, "b"]) -> Condition:
+    """Add a share of a correction to every row but the opening one; differentiable in the correction."""
+    shift = share[:, None, None] * torch.cat([torch.zeros_like(correction[:1]), correction[1:]]).double()
+    return replace(cond, tokens=(cond.tokens.double() + shift).to(cond.tokens.dtype))
+
+
+class TokenCorrection(Learner):
+    """A learner whose only master is an additive correction of embedding rows; no weight of the model takes part."""
+
+    def __init__(self, model: Generator, cond: Condition) -> None:
+        self.model = model
+        self.rows = torch.zeros(cond.tokens.shape[1:], device=cond.tokens.device, requires_grad=True)
+
+    names: tuple[str, ...] = ()
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """The correction, "l d"."""
+        return (self.rows,)
+
+    def weights(self) -> dict[str, Tensor]:
+        """Give no weights: the model stays as it is."""
+        return {}
+
+
+def orthogonal(wish: Sequence[Tensor], guard: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    """Gradient of the wish without its part along the guarded loss's, u - <u, v> / |v|^2 v; u itself where v = 0."""
+    size = dot(guard, guard)
+    if size == 0:
+        return tuple(wish)
+    scale = dot(wish, guard) / size
+    return tuple((u.double() - scale * v.double()).to(u.dtype) for u, v in zip(wish, guard, strict=True))
+
+
+def orthogonal_loss(wish: Tensor, guard: Tensor, parameters: Sequence[Tensor], weight: float) -> Tensor:
+    """Scalar of value wish + weight * guard whose gradient is `orthogonal`(wish's, guard's) + weight * guard's."""
+    u, v = (
+        torch.autograd.grad(loss, list(parameters), retain_graph=True, materialize_grads=True) for loss in (wish, guard)
+    )
+    step = [a + weight * b for a, b in zip(orthogonal(u, v), v, strict=True)]
+    linear = torch.stack([(g * p).sum() for g, p in zip(step, parameters, strict=True)]).sum()
+    return (wish + weight * guard).detach() + linear - linear.detach()

@@ -46,6 +46,14 @@ def test_several_targets_pair_up_with_their_anchors(tmp_path: Path, expunge) -> 
     assert "one anchor each" in expunge(*words, tmp_path / "b", "--anchor", "car").complaint()
 
 
+def test_certificates_of_an_artifact_that_is_gone_are_not_kept(tmp_path: Path, expunge) -> None:
+    expunge("erase", "tiny-unet", *CAT, "--out", tmp_path)
+    before = (tmp_path / "certificates.json").read_text()
+    shutil.rmtree(tmp_path / "artifact")
+    expunge("erase", "tiny-unet", *CAT, "--set", "ridge=0.1", "--out", tmp_path)
+    assert (tmp_path / "certificates.json").read_text() != before
+
+
 def test_erasing_again_keeps_what_is_there_and_refuses_another_request(tmp_path: Path, expunge) -> None:
     first = expunge("erase", "tiny-unet", *CAT, "--out", tmp_path, "--json")
     before = (tmp_path / "artifact" / "patch.safetensors").stat().st_mtime_ns

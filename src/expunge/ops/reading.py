@@ -3,7 +3,7 @@
 Rows are embeddings ("n in"), a layer W is "out in" and gives W k for a row k; the primed ones are the edited layers.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from jaxtyping import Float
@@ -12,7 +12,7 @@ from torch import Tensor
 from expunge.core.concept import Request
 from expunge.core.generator import Generator
 from expunge.core.measure import Edit, Reading
-from expunge.ops.ridge import output_gram
+from expunge.ops.ridge import output_gram, sum_products
 from expunge.ops.rows import prompt_rows, row_pairs
 
 # Below this share of the largest an eigenvalue of a Gram matrix is rounding of float32 weights.
@@ -94,7 +94,7 @@ def inversions(reading: Reading) -> Iterator[tuple[float, float]]:
     values, vectors = torch.linalg.eigh(output_gram(reading.new))
     kept = values > _CUT * values[-1]
     half = vectors[:, kept] / values[kept].sqrt()
-    cross = _products(reading.new, reading.old)
+    cross = sum_products(reading.new, reading.old)
     for rows, anchor in reading.targets:
         found = rows @ cross.T @ half @ half.T
         miss, apart = 0.0, 0.0
@@ -110,7 +110,7 @@ def shared_matrix(reading: Reading) -> Float[Tensor, "in in"] | None:
     values, vectors = torch.linalg.eigh(output_gram(reading.old))
     if not values[0] > _CUT * values[-1]:
         return None
-    m = (vectors / values) @ (vectors.T @ _products(reading.old, reading.new))
+    m = (vectors / values) @ (vectors.T @ sum_products(reading.old, reading.new))
     miss = sum(float((old @ m - new).square().sum()) for old, new in layers(reading))
     size = sum(float((new - old).square().sum()) for old, new in layers(reading))
     return m if miss <= _SHARED**2 * size else None
@@ -120,11 +120,3 @@ def layers(reading: Reading) -> Iterator[tuple[Float[Tensor, "out in"], Float[Te
     """Give every layer before and after in float64, one at a time: all of them at once may not fit."""
     for old, new in zip(reading.old, reading.new, strict=True):
         yield old.double(), new.double()
-
-
-def _products(left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-    """Give sum_l A_l^T B_l in float64."""
-    total = left[0].new_zeros(left[0].shape[1], left[0].shape[1], dtype=torch.float64)
-    for a, b in zip(left, right, strict=True):
-        total.addmm_(a.double().T, b.double())
-    return total

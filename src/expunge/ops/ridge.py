@@ -161,12 +161,20 @@ def output_gram(weights: Sequence[Float[Tensor, "_ in"]]) -> Float[Tensor, "in i
 
     Raises InputError for weights that are not finite.
     """
-    gram = weights[0].new_zeros(weights[0].shape[1], weights[0].shape[1], dtype=torch.float64)
-    for weight in weights:
-        gram.addmm_(weight.double().T, weight.double())
+    gram = sum_products(weights, weights)
     if not bool(gram.isfinite().all()):
         raise InputError("a layer that reads the prompt holds weights that are not finite")
     return gram
+
+
+def sum_products(
+    left: Sequence[Float[Tensor, "_ in"]], right: Sequence[Float[Tensor, "_ in"]]
+) -> Float[Tensor, "in in"]:
+    """Give sum_l A_l^T B_l in float64, layer by layer: all of them at once may not fit."""
+    total = left[0].new_zeros(left[0].shape[1], left[0].shape[1], dtype=torch.float64)
+    for a, b in zip(left, right, strict=True):
+        total.addmm_(a.double().T, b.double())
+    return total
 
 
 def residual_rows(

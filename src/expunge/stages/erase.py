@@ -40,6 +40,7 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     made_by = code(recorded=recorded)
     out.mkdir(parents=True, exist_ok=True)
     _files.sweep(out)
+    (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
     recipe.write(out / "recipe.toml")
     log: list[dict[str, Any]] = []
     start = time.monotonic()

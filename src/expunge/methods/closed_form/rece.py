@@ -11,6 +11,7 @@ from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
+from expunge.ops.limits import at_least
 from expunge.ops.ridge import SharedEdit, output_gram, residual_rows, shared_edit
 from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.weights import WeightPatch
@@ -78,8 +79,7 @@ class RECE(Eraser):
         sites = model.sites("text_in")
         if not sites:
             raise InputError(f"rece edits layers that read the prompt alone; family {model.family!r} has none")
-        if self.epochs < 0:
-            raise InputError(f"epochs is {self.epochs}; legal: 0 or more")
+        at_least(self, {"epochs": 0})
         target, anchor = (model.encode(side) for side in zip(*request.pairs, strict=True))
         kept = encode_many(model, ["", *(prompt for concept in request.retain for prompt in concept.prompts)])
         deltas = {}

@@ -20,12 +20,10 @@ from expunge.ops.suppress import (
     Suppressor,
     TokenCorrection,
     added,
-    orthogonal,
-    orthogonal_loss,
     principal,
     row_kinds,
 )
-from expunge.ops.surgery import dot
+from expunge.ops.surgery import dot, orthogonal, surgical
 
 ONE = Request.of("strawberry", anchor="cat", retain=["guitar"])
 PLAIN = CESDWV(steps=0)
@@ -151,7 +149,7 @@ def test_the_loss_has_the_sums_value_and_the_projected_gradient() -> None:
     d, a, b = drawn(1, 6).requires_grad_(), drawn(2, 6), drawn(3, 6)
     wish, held = (d - a).square().sum(), (d - b).square().sum()
     u, v = (torch.autograd.grad(loss, d, retain_graph=True)[0] for loss in (wish, held))
-    whole = orthogonal_loss(wish, held, [d], 0.3)
+    whole = surgical(wish, held, [d], 0.3, project=orthogonal)
     torch.testing.assert_close(whole, wish + 0.3 * held)
     got = torch.autograd.grad(whole, d)[0]
     torch.testing.assert_close(got @ v, 0.3 * v @ v)

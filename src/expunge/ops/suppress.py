@@ -17,7 +17,6 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.ops.rows import pooled_rows
 from expunge.ops.student import Learner
-from expunge.ops.surgery import dot
 from expunge.patches.guard import PassGuard
 
 KINDS = ("word", "tail", "pooled")
@@ -206,22 +205,3 @@ class TokenCorrection(Learner):
     def weights(self) -> dict[str, Tensor]:
         """Give no weights: the model stays as it is."""
         return {}
-
-
-def orthogonal(wish: Sequence[Tensor], guard: Sequence[Tensor]) -> tuple[Tensor, ...]:
-    """Gradient of the wish without its part along the guarded loss's, u - <u, v> / |v|^2 v; u itself where v = 0."""
-    size = dot(guard, guard)
-    if size == 0:
-        return tuple(wish)
-    scale = dot(wish, guard) / size
-    return tuple((u.double() - scale * v.double()).to(u.dtype) for u, v in zip(wish, guard, strict=True))
-
-
-def orthogonal_loss(wish: Tensor, guard: Tensor, parameters: Sequence[Tensor], weight: float) -> Tensor:
-    """Scalar of value wish + weight * guard whose gradient is `orthogonal`(wish's, guard's) + weight * guard's."""
-    u, v = (
-        torch.autograd.grad(loss, list(parameters), retain_graph=True, materialize_grads=True) for loss in (wish, guard)
-    )
-    step = [a + weight * b for a, b in zip(orthogonal(u, v), v, strict=True)]
-    linear = torch.stack([(g * p).sum() for g, p in zip(step, parameters, strict=True)]).sum()
-    return (wish + weight * guard).detach() + linear - linear.detach()

@@ -17,7 +17,9 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
-from expunge.ops.suppress import Component, Suppressor, TokenCorrection, added, component, orthogonal_loss
+from expunge.ops.limits import at_least
+from expunge.ops.suppress import Component, Suppressor, TokenCorrection, added, component
+from expunge.ops.surgery import orthogonal, surgical
 from expunge.ops.trajectory import Lesson, Walk
 from expunge.patches.guard import GuardPatch
 
@@ -89,11 +91,8 @@ class CESDWV(Eraser):
     def erase(self, model: Generator, request: Request, run: Run) -> GuardPatch:
         """Guard that remembers bases, gates and the correction."""
         if model.family not in self.families:
-            raise InputError(
-                f"ce_sdwv reads a U-Net's prompt; family of {model.name!r} is {model.family!r}, legal: unet"
-            )
-        if self.steps < 0:
-            raise InputError(f"steps is {self.steps}; legal: 0 and above")
+            raise InputError(f"ce_sdwv reads a U-Net's prompt; {model.name!r} is {model.family!r}, legal: unet")
+        at_least(self, {"steps": 0})
         for form in self.templates or ("",):
             if form.count("{}") != 1:
                 raise InputError(f"template is {form!r}; legal: with one {{}}, as in 'a photo of {{}}'")
@@ -140,8 +139,8 @@ class CESDWV(Eraser):
             return model.distance(pred, seen.goals[0]).mean()
 
         def loss(step: int) -> Tensor:
-            lost = [miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True)]
-            return orthogonal_loss(lost[0], lost[1], learner.parameters, self.retain_weight)
+            wish, held = (miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True))
+            return surgical(wish, held, learner.parameters, self.retain_weight, project=orthogonal)
 
         fit(learner, loss, run, steps=self.steps, lr=self.lr)
         return replace(guard, correction=learner.rows.detach())

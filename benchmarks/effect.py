@@ -138,9 +138,9 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], metavar="METHOD.FIELD=VALUE")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/effect-SUITE.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/effect-MODEL-SUITE.json")
     args = parser.parse_args()
-    args.out = args.out or Path("runs") / "effect" / args.suite
+    args.out = args.out or Path("runs") / "effect" / Path(args.model).name / args.suite
     targets = args.targets or [target.concept.name for target in load(args.suite).targets]
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         pool.map(partial(one, args=args), targets, chunksize=1)
@@ -159,7 +159,7 @@ def main() -> None:
         facts["bars"] = {"target_rate": TARGET, "retained_of_base": RETAINED}
         facts["rates"] = {detector: plain(arms) for detector, arms in result.items()}
         RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"effect-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        (RESULTS / f"effect-{Path(args.model).name}-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ uniform in [1, 5], under text encoders that no longer move.
 
 import argparse
 import json
+import math
+from collections import Counter
 from collections.abc import Callable
+from itertools import cycle
 from pathlib import Path
 
 import torch
@@ -19,16 +22,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from training import clip, composition, latents, loop, release, text
+from training import clip, composition, latents, loop, release, text, world
 
 HERE = Path(__file__).parent
-LENGTH, VOCABULARY, WIDTH, HEADS = 32, 2560, 192, 8
-SPELL = 0.1
+LENGTH, VOCABULARY, WIDTH, HEADS = 20, 2560, 192, 3
+SPELL, QUADS = 0.1, 4
 NAMES = {False: "emoji-flux", True: "emoji-flux-distilled"}
 
 
 def learn_tokenizer(cache: Path) -> T5TokenizerFast:
-    """Learn a unigram vocabulary from the same words as CLIP's; printable ASCII can always be spelt."""
+    """Learn a unigram vocabulary from CLIP's words and our captions, whose words become one token each.
+
+    Printable ASCII can always be spelt.
+    """
     engine = Tokenizer(models.Unigram())
     engine.pre_tokenizer = pre_tokenizers.Metaspace()
     special, signs = ["<pad>", "</s>", "<unk>"], [chr(code) for code in range(33, 127)]
@@ -36,29 +42,42 @@ def learn_tokenizer(cache: Path) -> T5TokenizerFast:
         vocab_size=VOCABULARY, special_tokens=special, unk_token="<unk>", initial_alphabet=signs, show_progress=False
     )
     engine.train_from_iterator(clip.sentences(cache), trainer)
-    found = [(token, score) for token, score in json.loads(engine.to_str())["model"]["vocab"] if token not in special]
-    known = {token for token, _ in found}
-    rare = min(score for _, score in found) - 1
-    vocabulary = [*((token, 0.0) for token in special), *found, *((s, rare) for s in signs if s not in known)]
+    found = {token: score for token, score in json.loads(engine.to_str())["model"]["vocab"] if token not in special}
+    rare = min(found.values()) - 1
+    spelt = {**dict.fromkeys(signs, rare), **found, **whole_words()}
+    vocabulary = [*((token, 0.0) for token in special), *spelt.items()]
     return T5TokenizerFast(vocab=vocabulary, extra_ids=0, additional_special_tokens=[], model_max_length=LENGTH)
+
+
+def whole_words() -> dict[str, float]:
+    """Every word of a caption with the log of its share, more than its parts' together: it stays one token."""
+    data = world.load()
+    names = [name for word in data.concepts for name in (word, *data.synonyms[word])]
+    said = [
+        form.format(s=s, c=c, b=b)
+        for form in world.TEMPLATES
+        for c, s, b in zip(names, cycle(data.styles), cycle(world.BACKGROUNDS))
+    ]
+    words = Counter(word for text in said for word in text.lower().replace(",", "").split())
+    return {f"▁{word}": math.log(count / words.total()) for word, count in words.items()}
 
 
 class FluxNet(nn.Module):
     """Transformer and T5 encoder, trained as one."""
 
     def __init__(self, vocabulary: int, *, distilled: bool) -> None:
-        """Three dual and three single blocks over 16 image tokens (2 × 2 latents each) and 32 text tokens."""
+        """Three dual and three single blocks over 16 image tokens (2 × 2 latents each) and 20 text tokens."""
         super().__init__()
         self.transformer = FluxTransformer2DModel(
             in_channels=64,
             num_layers=3,
             num_single_layers=3,
-            attention_head_dim=32,
+            attention_head_dim=WIDTH // HEADS,
             num_attention_heads=HEADS,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=clip.WIDTH,
             guidance_embeds=distilled,
-            axes_dims_rope=(8, 12, 12),
+            axes_dims_rope=(16, 24, 24),
         )
         self.t5 = T5EncoderModel(
             T5Config(
@@ -66,7 +85,7 @@ class FluxNet(nn.Module):
                 d_model=WIDTH,
                 d_kv=32,
                 d_ff=384,
-                num_layers=3,
+                num_layers=2,
                 num_heads=6,
                 feed_forward_proj="gated-gelu",
                 is_encoder_decoder=False,
@@ -78,7 +97,7 @@ class FluxNet(nn.Module):
         self.register_buffer("places", places, persistent=False)
 
     def read(self, ids: Tensor) -> Tensor:
-        """Token states "b 32 d"."""
+        """Token states "b 20 d"."""
         return self.t5(ids).last_hidden_state
 
     def velocity(self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, scale: Tensor | None = None) -> Tensor:
@@ -108,7 +127,7 @@ class Words:
         self.tokenizer, self.embed = tokenizer, text.Embedder()
 
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Numbers "b 32" and pooled text "b d"."""
+        """Numbers "b 20" and pooled text "b d"."""
         batch = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
         return batch.input_ids, self.embed(captions)[1]
 
@@ -134,7 +153,7 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
         with loop.mixed():
             if teacher is None:
                 v = net.velocity(x, t, net.read(ids), pooled)
-                mixed, apart = composition.penalty(net.t5, speaker.quads(clip.QUADS // args.processes, random))
+                mixed, apart = composition.penalty(net.t5, speaker.quads(QUADS // args.processes, random))
                 return (v.float() - (e - z)).pow(2).mean() + SPELL * (clip.APART * mixed + apart)
             scale = 1 + 4 * torch.rand(share, generator=random)
             goal, states = guided(teacher, x, t, (ids, pooled), words([""]), scale)
@@ -206,11 +225,11 @@ def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--distil", action="store_true")
-    parser.add_argument("--steps", type=int, default=8000)
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=1000)
-    parser.add_argument("--extra", type=float, default=0.35, help="share of other things in a batch, see build_dataset")
+    parser.add_argument("--extra", type=float, default=0.15, help="share of other things in a batch, see build_dataset")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logit t")
     parser.add_argument("--seed", type=int, default=3)

@@ -6,12 +6,18 @@ import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
+from training.release import EMBEDDED
+
 HERE = Path(__file__).parent
 
 
 def clip_side() -> tuple[CLIPTokenizer, CLIPTextModel]:
-    """Tokenizer and text tower of the in-domain CLIP, frozen."""
+    """Tokenizer and text tower of the in-domain CLIP, frozen; where no run of it is left, the published ones."""
     run = HERE / "runs" / "clip"
+    if not run.joinpath("model").exists():
+        made = EMBEDDED / "emoji-unet"
+        tower = CLIPTextModel.from_pretrained(made / "text_encoder").float()
+        return CLIPTokenizer.from_pretrained(made / "tokenizer"), tower.eval().requires_grad_(False)
     tokenizer = CLIPTokenizer.from_pretrained(run / "tokenizer")
     whole = CLIPModel.from_pretrained(run / "model").float()
     tower = CLIPTextModel(whole.config.text_config)

@@ -225,7 +225,7 @@ def main() -> None:
     """Prepare the frozen parts, then train."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--distil", action="store_true")
-    parser.add_argument("--steps", type=int, default=4800)
+    parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=1000)

@@ -81,6 +81,7 @@ def test_velocity_noise_and_clean_latents_convert(flow):
     far = state.t > 0.05
     assert abs(eps[far].std().item() - 1) < 0.03 and abs(eps[far].mean().item()) < 0.03
     assert torch.allclose(flow.as_eps(state, eps - clean)[far], eps[far], atol=1e-3)
+    assert torch.allclose(flow.as_clean(state, eps - clean)[far], clean[far], atol=1e-3)
     assert 0 < state.t.min() < 0.2 and state.t.max() > 0.8 and state.t.max() <= 1
 
 

@@ -3,7 +3,7 @@
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar
 
@@ -43,6 +43,10 @@ class Run:
         """
         digest = hashlib.sha256(repr((self.seed, *name)).encode()).digest()
         return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+    def apart(self, *name: str | int) -> "Run":
+        """Give a run whose streams are its own, for a part of the work that is done several times."""
+        return replace(self, seed=int(torch.randint(2**31, (), generator=self.rng(*name))))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -166,3 +166,7 @@ class Generator(Protocol):
     def as_eps(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Convert a native prediction to noise, for anything nonlinear in it; denoisers only."""
         ...
+
+    def as_clean(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Convert a native prediction to the clean sample it implies; denoisers only."""
+        ...

@@ -137,6 +137,10 @@ class Denoiser(Adapter):
         """Convert a native prediction to noise."""
         raise NotImplementedError
 
+    def as_clean(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Convert a native prediction to the clean sample it implies."""
+        raise NotImplementedError
+
     def merged(self) -> DiffusionPipeline:
         """Give a stock pipeline whose weights are what this view sees, ready for `save_pretrained`.
 

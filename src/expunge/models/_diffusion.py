@@ -56,6 +56,16 @@ class Diffusion(Denoiser):
         a = self._alpha_bar(self._timestep(state)).to(pred.dtype)
         return a.sqrt() * pred + (1 - a).sqrt() * state.x
 
+    def as_clean(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Convert a native prediction to the clean sample it implies.
+
+        x0 = sqrt(a) x - sqrt(1 - a) v, or (x - sqrt(1 - a) eps) / sqrt(a); from eps it does not exist at a = 0.
+        """
+        a = self._alpha_bar(self._timestep(state)).to(pred.dtype)
+        if self.scheduler.config.prediction_type == "epsilon":
+            return (state.x - (1 - a).sqrt() * pred) / a.sqrt()
+        return a.sqrt() * state.x - (1 - a).sqrt() * pred
+
     def _started(self, steps: int) -> SchedulerMixin:
         """A private copy of the scheduler: walks never share its counters and histories."""
         total = self.scheduler.config.num_train_timesteps

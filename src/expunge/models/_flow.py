@@ -56,6 +56,11 @@ class Flow(Denoiser):
         level = self._timestep(state) / self.scheduler.config.num_train_timesteps
         return state.x + (1 - level.to(pred.dtype)[:, None, None, None]) * pred
 
+    def as_clean(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
+        """Convert velocity to the clean sample it implies: x0 = x - t v."""
+        level = self._timestep(state) / self.scheduler.config.num_train_timesteps
+        return state.x - level.to(pred.dtype)[:, None, None, None] * pred
+
     def _shift_limits(self) -> Mapping[str, float]:
         """Shift at the smallest and largest image, where the scheduler's config names none."""
         return {"base_shift": 0.5, "max_shift": 1.15}

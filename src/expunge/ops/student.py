@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor, nn
 
 from expunge.core.errors import InputError
@@ -35,6 +36,15 @@ class Learner(ABC):
     @abstractmethod
     def weights(self) -> dict[str, Tensor]:
         """Give the current weights by path, in the base's dtype."""
+
+    def restrict(self, masks: Sequence[Bool[Tensor, "..."]]) -> None:
+        """Let only marked scalars move: from now on every gradient is multiplied by its mask before it is used.
+
+        An optimizer without weight decay then leaves the others at their very bits. masks: in the order of
+        `parameters`.
+        """
+        for master, mask in zip(self.parameters, masks, strict=True):
+            master.register_hook(lambda grad, mask=mask: grad * mask)
 
     def view(self) -> Generator:
         """Give the model with the current weights in place."""

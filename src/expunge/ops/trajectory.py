@@ -55,7 +55,7 @@ class Walk:
         def lesson(step: int) -> Lesson:
             which = torch.randint(len(self.prompts), (self.batch,), generator=run.rng("which", step))
             with torch.no_grad():
-                state = self._visit(walker(), which, run.rng("visit", step))
+                state = self.visited(walker(), which, run.rng("visit", step))
                 return Lesson(state, which, teach(state, which))
 
         return lesson
@@ -85,11 +85,12 @@ class Walk:
         for start in range(0, len(which), CHUNK):
             run.progress("walking", start, len(which))
             rows = which[start : start + CHUNK]
-            state = self._visit(walker, rows, run.rng("visit", start))
+            state = self.visited(walker, rows, run.rng("visit", start))
             yield Lesson(state, rows, teach(state, rows))
         run.progress("walking", len(which), len(which))
 
-    def _visit(self, walker: Generator, which: Tensor, rng: torch.Generator) -> State:
+    def visited(self, walker: Generator, which: Int[Tensor, "n"], rng: torch.Generator) -> State:
+        """Walk the chosen prompts, each to a point of its own."""
         return walker.visit(self.prompts.take(which), rng=rng, guidance_scale=self.guidance_scale, steps=self.steps)
 
 

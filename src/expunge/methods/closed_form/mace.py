@@ -127,8 +127,9 @@ class MACE(Eraser):
         return refined(shift, gram, prior, self.ridge)
 
     def _adapter(self, model: Generator, near: Generator, index: int, concept: Concept, run: Run) -> Learned:
-        seed = int(torch.randint(2**31, (), generator=run.rng("concept", index)))
-        own = replace(run, seed=seed, log=lambda name, step, x: run.log(name, index * self.steps + step, x))
+        own = replace(
+            run.apart("concept", index), log=lambda name, step, x: run.log(name, index * self.steps + step, x)
+        )
         lines = sentences(self.templates, concept.prompts)
         some = [lines[i % len(lines)] for i in range(max(self.pictures, len(concept.prompts)))]
         scenes = Scenes.drawn(model, some, own, guidance_scale=self.guidance_scale, steps=self.walk)

@@ -44,6 +44,15 @@ def test_bad_input_is_one_line(words: tuple[str, ...], names: str, also: str, tm
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("behind", ["", "@emoji-unet"])
+def test_pickled_checkpoints_are_never_read(behind: str, tmp_path: Path, expunge) -> None:
+    file = tmp_path / "model.ckpt"
+    file.write_bytes(b"\x80\x04N.")
+    words = ("--target", "cat", "--method", "uce", "--out", tmp_path / "out")
+    complaint = expunge("erase", f"{file}{behind}", *words).complaint()
+    assert "model.ckpt" in complaint and "pickled" in complaint and not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("command", [("score", "--suite", "nope"), ("generate", "--prompt", "cat")], ids=lambda c: c[0])
 def test_a_missing_folder_is_no_model(command: tuple[str, ...], tmp_path: Path, expunge) -> None:
     verb, *rest = command

@@ -11,7 +11,7 @@ from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.patches.guard import GuardPatch, PassGuard
 from expunge.stages import artifact
-from stages.exports import change, cross, made
+from stages.exports import change, cross, joint, made
 from stages.test_artifact import Nudge
 
 
@@ -101,6 +101,12 @@ def test_a_quantised_base(to: str, tmp_path: Path, expunge) -> None:
     complaint = expunge("export", run, "--to", to).complaint()
     assert "quantised" in complaint and "bitsandbytes" in complaint and "unet" in complaint
     assert not (run / "export").exists()
+
+
+def test_kohya_has_no_names_for_transformers(tmp_path: Path, expunge) -> None:
+    run, _ = made(tmp_path / "run", "tiny-flux", change(load("tiny-flux"), joint))
+    complaint = expunge("export", run, "--to", "kohya").complaint()
+    assert "family 'mmdit'" in complaint and "comfy-diff" in complaint and not (run / "export").exists()
 
 
 def test_a_base_that_has_changed_or_moved(tmp_path: Path, expunge) -> None:

@@ -36,6 +36,7 @@ OUTSIDE = {
     "models": {
         "torch",
         "jaxtyping",
+        "accelerate",
         "diffusers",
         "transformers",
         "tokenizers",

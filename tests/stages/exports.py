@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import FluxPipeline, StableDiffusion3Pipeline
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from expunge.core.generator import Generator
+from expunge.models._tiny_text import WINDOW
 from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
 from expunge.patches.weights import WeightPatch
@@ -25,7 +26,14 @@ def drawn(pipeline: Any) -> Tensor:
     """Images of a stock pipeline, by its own call."""
     pipeline.set_progress_bar_config(disable=True)
     rngs = [torch.Generator("cpu").manual_seed(seed) for seed in SEEDS]
-    return pipeline(PROMPTS, generator=rngs, guidance_scale=3.0, num_inference_steps=3, output_type="pt").images
+    asked: dict[str, Any] = {"guidance_scale": 3.0}
+    if isinstance(pipeline, FluxPipeline):
+        asked |= {"height": 32, "width": 32, "max_sequence_length": WINDOW}
+        if not pipeline.transformer.config.guidance_embeds:
+            asked |= {"true_cfg_scale": 3.0, "negative_prompt": ["", ""]}
+    if isinstance(pipeline, StableDiffusion3Pipeline):
+        asked["max_sequence_length"] = WINDOW
+    return pipeline(PROMPTS, generator=rngs, num_inference_steps=3, output_type="pt", **asked).images
 
 
 def ours(view: Generator) -> Tensor:
@@ -47,18 +55,29 @@ def cross(path: str) -> bool:
     return path.startswith("unet.") and path.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
 
 
+def joint(path: str) -> bool:
+    """Where text enters a transformer, by both routes, and the text's keys and values behind it."""
+    ends = ("add_k_proj.weight", "add_v_proj.weight", "context_embedder.weight", "text_embedder.linear_1.weight")
+    return path.startswith("transformer.") and path.endswith(ends)
+
+
 def folder(name: str, place: Path) -> Path:
     """Save a model as a diffusers folder.
 
-    "openclip" is SD 2.x's encoder (gelu); "sdxl" has encoders of two widths, as the real one, which is how readers
-    of one-file checkpoints tell them apart.
+    "openclip" is SD 2.x's encoder (gelu); "sdxl" and "sd3" have encoders of two widths, as the real ones, which is how
+    readers of one-file checkpoints tell them apart. SD3 has no projection behind its first CLIP: it is identity.
     """
-    pipeline = tiny_pipeline({"openclip": "tiny-unet-v", "sdxl": "tiny-sdxl"}.get(name, name))
+    pipeline = tiny_pipeline({"openclip": "tiny-unet-v", "sdxl": "tiny-sdxl", "sd3": "tiny-sd3"}.get(name, name))
     if name == "openclip":
         pipeline.text_encoder = CLIPTextModel(text(pipeline, hidden_act="gelu"))
     if name == "sdxl":
         pipeline.text_encoder = CLIPTextModel(text(pipeline, hidden_size=24))
         pipeline.text_encoder_2 = CLIPTextModelWithProjection(text(pipeline, hidden_size=40, hidden_act="gelu"))
+    if name == "sd3":
+        for suffix, width in (("", 24), ("_2", 40)):
+            config = text(pipeline, hidden_size=width, projection_dim=width)
+            setattr(pipeline, f"text_encoder{suffix}", CLIPTextModelWithProjection(config))
+        torch.nn.init.eye_(pipeline.text_encoder.text_projection.weight)
     pipeline.save_pretrained(place)
     return place
 
@@ -68,7 +87,7 @@ def text(pipeline: Any, **other: Any) -> CLIPTextConfig:
     return CLIPTextConfig(**{**pipeline.text_encoder.config.to_dict(), **other})
 
 
-def stock(model: str | Path) -> StableDiffusionPipeline | StableDiffusionXLPipeline:
+def stock(model: str | Path) -> Any:
     """A fresh stock pipeline of a toy name or a folder."""
     if not Path(model).is_dir():
         return tiny_pipeline(str(model))

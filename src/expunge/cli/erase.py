@@ -44,8 +44,11 @@ def erase(
     seed: Seed = 0,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
     recipe: Annotated[
-        Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word but --out, --device.")
+        Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word about what to erase.")
     ] = None,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations again for gradients: less memory, more time.")
+    ] = False,
     provenance: Provenance = True,
     device: Device = "cpu",
     json: Json = False,
@@ -73,7 +76,7 @@ def erase(
                 seed=seed,
                 dtype=dtype,
             )
-    folder = carry_out(screen, asked, out, device=device, recorded=provenance)
+    folder = carry_out(screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing)
     card = read_card(folder)
     found = certificates(folder.parent)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json()), "certificates": [asdict(c) for c in found]})
@@ -93,7 +96,7 @@ def _alone(*words: object) -> None:
     """Refuse words that a recipe would silently overrule."""
     if any(words):
         raise InputError(
-            "--recipe says everything about the run: give only --out, --device and --no-provenance with it"
+            "--recipe says everything about the run; beside it only --out, --device, --checkpointing, --no-provenance"
         )
 
 
@@ -137,7 +140,9 @@ def _anchor(text: str) -> tuple[str, ...]:
     return phrases(text) if text.strip() else ()
 
 
-def carry_out(screen: Out, recipe: "Recipe", out: Path, *, device: str, recorded: bool = True) -> Path:
+def carry_out(
+    screen: Out, recipe: "Recipe", out: Path, *, device: str, recorded: bool = True, checkpointing: bool = False
+) -> Path:
     """Run the erase stage with a progress bar, after saying what will be ignored; return the artifact's folder."""
     from expunge.core.eraser import Run
     from expunge.stages.erase import erase as stage
@@ -148,7 +153,8 @@ def carry_out(screen: Out, recipe: "Recipe", out: Path, *, device: str, recorded
     if request.retain and not eraser.retains:
         screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
     with screen.progress() as progress:
-        return stage(recipe, out, Run(seed=recipe.seed, device=device, progress=progress), recorded=recorded)
+        run = Run(seed=recipe.seed, device=device, progress=progress)
+        return stage(recipe, out, run, recorded=recorded, checkpointing=checkpointing)
 
 
 def outcome(card: Card) -> str:

@@ -19,7 +19,7 @@ WORST = 5
 def export(
     source: Annotated[str, typer.Argument(metavar="DIR", help="The folder that `expunge erase` wrote.")],
     to: Annotated[
-        str, typer.Option(help="lora (diffusers), kohya (A1111, Forge, ComfyUI), comfy-diff, merged, pipeline.")
+        str, typer.Option(help="lora (diffusers), kohya (A1111, Forge, ComfyUI; U-Nets), comfy-diff, merged, pipeline.")
     ],
     rank: Annotated[
         int | None, typer.Option(help="Of lora and kohya. Default: what keeps the change up to 1e-3, at most 128.")

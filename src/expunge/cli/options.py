@@ -7,7 +7,9 @@ import typer
 
 from expunge.core.errors import InputError
 
-MODELS = "A name of `expunge list models`, a local diffusers folder, or hf:ORG/NAME from the hub."
+MODELS = (
+    "A name of `expunge list models`, a local diffusers folder, FILE.safetensors@FOLDER, or hf:ORG/NAME from the hub."
+)
 ModelOrRun = Annotated[
     str, typer.Argument(metavar="MODEL|DIR", help="A model, or the folder that `expunge erase` wrote.")
 ]

@@ -12,6 +12,7 @@ from torch.func import functional_call
 
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import EditSite, Family, Group, Guard, Hook
+from expunge.models._recompute import check_replayed
 
 View = TypeVar("View", bound="Adapter")
 
@@ -91,6 +92,8 @@ class Adapter:
         if dtype not in (None, next(module.parameters()).dtype):
             seen = {name: self.weight(name) for name in self._base if name.startswith(prefix)}
         swapped = {name.removeprefix(prefix): seen[name].to(dtype or self._base[name].dtype) for name in seen}
+        if torch.is_grad_enabled() and (swapped or self.hooks):
+            check_replayed(module, self.name)
         with self._hooked():
             return functional_call(module, swapped, args, dict(named)) if swapped else module(*args, **named)
 

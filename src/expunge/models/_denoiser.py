@@ -7,7 +7,7 @@ is started, is the business of `_diffusion.py` (U-Nets) and `_flow.py` (rectifie
 import copy
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from diffusers import (
@@ -19,15 +19,18 @@ from diffusers import (
 )
 from diffusers.utils.torch_utils import randn_tensor
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
 from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import State
 from expunge.models._base import Adapter
+from expunge.models._texts import Gone, Texts
 
 # A step depends on x alone: samples may leave the batch.
 _MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)
+
+Model = TypeVar("Model", bound="Denoiser")
 
 
 class Denoiser(Adapter):
@@ -37,6 +40,8 @@ class Denoiser(Adapter):
     scheduler: SchedulerMixin
     latent: tuple[int, int, int]
     """Channels, height and width of a latent."""
+    texts: Texts | None = None
+    """What stands for the text encoders where they were given away."""
 
     @property
     def device(self) -> torch.device:
@@ -46,6 +51,26 @@ class Denoiser(Adapter):
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, padding included."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def without_encoders(self: Model, prompts: Sequence[str]) -> Model:
+        """Give this model with some prompts encoded, and without its text encoders.
+
+        Their memory goes with the last reference to `self`. What is given knows `prompts` and "", and `encode` raises
+        InputError for any other; it cannot be saved as a pipeline, and its text encoders cannot be edited.
+        """
+        known = list(dict.fromkeys(("", *prompts)))
+        twin = copy.copy(self)
+        twin.texts = Texts({text: row for row, text in enumerate(known)}, self.encode(known))
+        heads = [part for part in self.network if part.startswith("text_encoder")]
+        twin.network = nn.ModuleDict(
+            dict(self.network.items()) | {part: Gone(self.network[part].config) for part in heads}
+        )
+        twin._base = dict(twin.network.named_parameters())
+        twin.weights = {path: tensor for path, tensor in self.weights.items() if path in twin._base}
+        twin.pipeline = copy.copy(self.pipeline)
+        twin.pipeline.register_modules(**dict.fromkeys(heads))
+        return twin
 
     def predict_at(self, x: Float[Tensor, "b c h w"], timestep: Tensor, cond: Condition) -> Float[Tensor, "b c h w"]:
         """Run the network at a scheduler timestep, one for all samples or one each."""
@@ -147,6 +172,8 @@ class Denoiser(Adapter):
         Only the touched components are copied. Raises InputError for a view with guards or hooks: they are code, and
         a folder of weights would silently lose them.
         """
+        if self.texts is not None:
+            raise InputError(f"{self.name!r} gave its text encoders away; a diffusers folder needs them")
         if self.guards or self.hooks:
             raise InputError(f"view of {self.name!r} carries guards or hooks, which no diffusers folder can hold")
         twin = copy.copy(self.pipeline)

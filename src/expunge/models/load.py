@@ -1,6 +1,5 @@
 """From a name or a folder to a generator. Every way a folder can be wrong is one InputError that names the part."""
 
-import json
 import os
 import re
 import warnings
@@ -21,13 +20,15 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, T5EncoderModel, T5TokenizerFast
 
 from expunge.core.errors import InputError, unknown
-from expunge.models._names import EMBEDDED, TINY, embedded_names, model_names
+from expunge.models import single_file
+from expunge.models._folder import check_whole, one_line, read_json, weight_files, weight_stem
+from expunge.models._names import EMBEDDED, PICKLED, TINY, embedded_names, model_names, parted
 from expunge.models._quiet import quiet
+from expunge.models._recompute import replayed
 from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
@@ -77,42 +78,64 @@ _TOKENIZERS = {
 
 
 def load(
-    name_or_path: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype | str | None = None
+    name_or_path: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str | None = None,
+    checkpointing: bool = False,
 ) -> UNetGenerator | MMDiTGenerator:
     """Open a model: an embedded or toy name, a diffusers folder, or "hf:org/name" from the hub, unless HF_HUB_OFFLINE.
 
     Only the prefix reaches the hub: a misspelt path looks like a hub id, and must not fetch a stranger's weights.
+    "FILE.safetensors@FOLDER" reads a checkpoint in the original layout with configurations, tokenizers and scheduler of
+    a diffusers folder or an embedded model: the file has none.
 
-    Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. Single-file community
-    checkpoints are not read yet. Raises InputError for unknown names, folders of another pipeline class, missing or
-    mismatched parts, truncated files, and devices that are not there.
+    Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. checkpointing: keep no
+    activations of the denoiser's blocks for gradients, but compute them again: less memory for one more forward pass.
+    Raises InputError for unknown names, folders of another pipeline class, missing or mismatched parts, truncated
+    files, and devices that are not there.
     """
     name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
+    model = _generator(_pipeline(name, kind), name, place)
+    if checkpointing:
+        denoiser = model.unet if isinstance(model, UNetGenerator) else model.transformer
+        denoiser.enable_gradient_checkpointing(replayed)
+    return model
+
+
+def _pipeline(name: str, dtype: torch.dtype) -> Pipeline:
     if name in TINY:
-        return _generator(tiny_pipeline(name, dtype=kind), name, place)
+        return tiny_pipeline(name, dtype=dtype)
     if name in embedded_names():
-        return _generator(open_folder(EMBEDDED / name, kind), name, place)
-    path = Path(name_or_path)
+        return open_folder(EMBEDDED / name, dtype)
+    path = Path(name)
     if path.is_dir():
-        return _generator(open_folder(path, kind), name, place)
+        return open_folder(path, dtype)
+    if (found := parted(name)) is not None:
+        file, folder = found
+        return open_folder(_frame(name, file, folder), dtype, file)
     if path.is_file():
-        raise InputError(f"model {name!r} is a single file; give a diffusers folder (unet/, vae/, text_encoder/, ...)")
+        raise _lonely(path)
     if name.startswith(HUB):
-        return _generator(open_folder(_downloaded(name.removeprefix(HUB)), kind), name, place)
+        return open_folder(_downloaded(name.removeprefix(HUB)), dtype)
     raise unknown("model", name, (*model_names(), "a diffusers folder", f"{HUB}ORG/NAME from the hub"))
 
 
-def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
-    """Open a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 folder, without safety checker or watermark."""
-    index = _json(folder / "model_index.json")
+def open_folder(folder: Path, dtype: torch.dtype, file: Path | None = None) -> Pipeline:
+    """Open a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 folder, without safety checker or watermark.
+
+    file: a checkpoint in the original layout whose weights take the place of the folder's.
+    """
+    index = read_json(folder / "model_index.json")
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
         raise InputError(f"model folder {str(folder)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
-    absent = {part for part in _OPTIONAL if (index.get(part) or [None])[0] is None}
-    parts = {
-        part: None if part in absent else _part(folder, part, expected, index, dtype)
-        for part, expected in _PIPELINES[kind].items()
-    }
+    absent = {part for part in _PIPELINES[kind] if part in _OPTIONAL and (index.get(part) or [None])[0] is None}
+    wanted = {part: expected for part, expected in _PIPELINES[kind].items() if part not in absent}
+    models = {part: expected for part, expected in wanted.items() if issubclass(expected, nn.Module)}
+    given = {} if file is None else single_file.networks(file, folder, models, kind, dtype)
+    parts = dict.fromkeys(absent) | given
+    parts |= {part: _part(folder, part, wanted[part], index, dtype) for part in wanted if part not in given}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers corrects outdated schedulers, and says so each time
         if kind == StableDiffusion3Pipeline.__name__:
@@ -128,6 +151,27 @@ def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
             "requires_safety_checker": False,
         }
         return StableDiffusionPipeline(**parts, **unchecked)
+
+
+def _frame(name: str, file: Path, folder: str) -> Path:
+    """Where the configurations are that a one-file checkpoint lacks."""
+    if not file.is_file():
+        raise InputError(f"model {name!r}: there is no file {str(file)!r}")
+    if folder in embedded_names():
+        return EMBEDDED / folder
+    if not Path(folder).is_dir():
+        legal = ", ".join(("a local diffusers folder", *embedded_names()))
+        raise InputError(f"model {name!r}: unknown folder {folder!r} behind the @; legal: {legal}")
+    return Path(folder)
+
+
+def _lonely(file: Path) -> InputError:
+    if file.suffix in PICKLED:
+        return single_file.pickled(file)
+    return InputError(
+        f"model {str(file)!r} is a single file without configuration and tokenizer; name a diffusers folder of its "
+        f"architecture behind an @: {file}@FOLDER"
+    )
 
 
 def _generator(pipeline: Pipeline, name: str, place: torch.device) -> UNetGenerator | MMDiTGenerator:
@@ -155,13 +199,13 @@ def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype:
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # a disk error is not the folder's fault
-        raise InputError(f"part {part!r} of {str(folder)!r} cannot be read: {_line(error)}") from error
+        raise InputError(f"part {part!r} of {str(folder)!r} cannot be read: {one_line(error)}") from error
 
 
 def _network(place: Path, expected: Any, named: str, dtype: torch.dtype) -> nn.Module:
     if named != expected.__name__:
         raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}; legal: {expected.__name__}")
-    _json(place / "config.json")
+    read_json(place / "config.json")
     with quiet():
         model, info = expected.from_pretrained(
             place,
@@ -192,47 +236,21 @@ def _scheduler(place: Path, named: str) -> SchedulerMixin:
     cls = getattr(diffusers, named, None)
     if not (isinstance(cls, type) and issubclass(cls, SchedulerMixin)):
         raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}, which is no diffusers scheduler")
-    _json(place / "scheduler_config.json")
+    read_json(place / "scheduler_config.json")
     return cls.from_pretrained(place, local_files_only=True)
 
 
 def _variant(place: Path) -> str | None:
-    """Find the weights in a component's folder, check that every file is whole, and name their variant."""
-    stem = "model" if (place.name).startswith("text_encoder") else "diffusion_pytorch_model"
-    for variant in (None, "fp16"):
-        tail = f".{variant}" if variant else ""
-        single, index = place / f"{stem}{tail}.safetensors", place / f"{stem}.safetensors.index{tail}.json"
-        if single.is_file():
-            _whole(single)
-            return variant
-        if index.is_file():
-            for shard in sorted(set(_json(index)["weight_map"].values())):
-                _whole(place / shard)
-            return variant
-    pickled = " (pickled weights are not read)" if list(place.glob("*.bin")) else ""
-    raise InputError(f"part {place.name!r} of {str(place.parent)!r} has no {stem}.safetensors{pickled}")
-
-
-def _whole(file: Path) -> None:
-    if not file.is_file():
-        raise InputError(f"weight file {str(file)!r} is missing")
-    try:
-        with safe_open(file, "pt"):
-            pass
-    except SafetensorError as error:
-        raise InputError(f"weight file {str(file)!r} is truncated or damaged: {_line(error)}") from error
-
-
-def _json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise InputError(f"model folder {str(file.parent)!r} has no {file.name}")
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"file {str(file)!r} is not JSON: {_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"file {str(file)!r} does not hold a JSON object")
-    return content
+    """Check that every weight file of a component is whole, and name their variant."""
+    found = weight_files(place)
+    if found is None:
+        pickled = " (pickled weights are not read)" if list(place.glob("*.bin")) else ""
+        raise InputError(
+            f"part {place.name!r} of {str(place.parent)!r} has no {weight_stem(place)}.safetensors{pickled}"
+        )
+    for file in found[1]:
+        check_whole(file)
+    return found[0]
 
 
 def _downloaded(name: str) -> Path:
@@ -243,7 +261,7 @@ def _downloaded(name: str) -> Path:
     try:
         return Path(DiffusionPipeline.download(name, use_safetensors=True))
     except (OSError, ValueError) as error:
-        raise InputError(f"the hub does not give model {name!r}: {_line(error)}") from error
+        raise InputError(f"the hub does not give model {name!r}: {one_line(error)}") from error
 
 
 def _device(name: str | torch.device) -> torch.device:
@@ -264,7 +282,3 @@ def _dtype(dtype: torch.dtype | str | None) -> torch.dtype:
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
     return DTYPES[dtype or "float32"]
-
-
-def _line(error: Exception) -> str:
-    return next((line.strip()[:240] for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -59,6 +59,8 @@ class MMDiTGenerator(Flow):
         """
         if not prompts:
             raise InputError("no prompts to encode")
+        if self.texts is not None:
+            return self.texts.encode(prompts, self.name)
         tokens, mask, pooled, first = self._read_flux(prompts) if self.flux else self._read_sd3(prompts)
         return Condition(
             tokens=tokens,

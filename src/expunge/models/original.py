@@ -1,25 +1,36 @@
-"""The original layout of Stable Diffusion 1.x, 2.x and SDXL: the names and shapes one-file checkpoints are written in.
+"""The original layouts of Stable Diffusion and FLUX.1: the names and shapes one-file checkpoints are written in.
 
 diffusers numbers blocks by kind, the original code by place: with L layers per block, layer j of down block i is
 `input_blocks.{1 + i (L + 1) + j}`, its resnet in slot 0, its attention in slot 1; up blocks count the same from 0.
+The transformers of SD3 and FLUX.1 are in `_original_flow.py`.
 """
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
-from torch import Tensor
+from diffusers import FluxTransformer2DModel, SD3Transformer2DModel
+from torch import Tensor, nn
 
 from expunge.core.errors import InputError
+from expunge.models._layout import Checkpoint, Entry, Form, fused
+from expunge.models._original_flow import flux_entries, sd3_entries
+from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.unet import UNetGenerator
 
-UNET, VAE = "model.diffusion_model.", "first_stage_model."
+UNET, VAE, FLUX_VAE = "model.diffusion_model.", "first_stage_model.", "vae."
+DROPPED = "text_encoder.text_projection.weight"
 TEXT = {
-    ("text_encoder", "hf"): "cond_stage_model.transformer.text_model.",
+    ("text_encoder", "hf"): "cond_stage_model.transformer.",
     ("text_encoder", "openclip"): "cond_stage_model.model.",
-    ("text_encoder", "sdxl"): "conditioner.embedders.0.transformer.text_model.",
+    ("text_encoder", "sdxl"): "conditioner.embedders.0.transformer.",
     ("text_encoder_2", "sdxl"): "conditioner.embedders.1.model.",
+    ("text_encoder", "flow"): "text_encoders.clip_l.transformer.",
+    ("text_encoder_2", "flow"): "text_encoders.clip_g.transformer.",
 }
+T5 = "text_encoders.t5xxl.transformer."
+SHARED, TIED = "shared.weight", "encoder.embed_tokens.weight"  # two names of one table in T5
 
 _OUTER = {
     "conv_in": "input_blocks.0.0",
@@ -61,27 +72,61 @@ _OPENCLIP_WORDS = {
 }
 
 
-def checkpoint(view: UNetGenerator) -> dict[str, Tensor]:
-    """Give every weight a view sees under its original name, most of them without a copy.
+def checkpoint(view: UNetGenerator | MMDiTGenerator) -> Checkpoint:
+    """Give every weight a view sees under its original name, made when asked for.
 
-    OpenCLIP encoders (SD 2.x, SDXL's second) keep q, k and v in one matrix there, and their projection transposed.
-    Raises InputError for a tensor the original layout has no place for.
+    OpenCLIP encoders (SD 2.x, SDXL's second) keep q, k and v in one matrix there, and their projection transposed;
+    SD3 has no projection behind its first CLIP. Raises InputError for a tensor the original layout has no place for.
     """
-    lost = set(view.network.state_dict()) - set(view.parameters_by_path())
-    if lost:
-        raise InputError(f"{view.name!r} has {min(lost)!r}, which is no parameter: the original layout cannot hold it")
-    parts: dict[str, dict[str, Tensor]] = {}
-    for path, tensor in view.parameters_by_path().items():
-        part, _, name = path.partition(".")
-        parts.setdefault(part, {})[name] = tensor.detach()
-    names = unet_names(parts["unet"], view.unet.config.layers_per_block)
-    found = {UNET + names[name]: tensor for name, tensor in parts.pop("unet").items()}
-    found |= {VAE + name: tensor for name, tensor in _vae(parts.pop("vae")).items()}
-    for part, tensors in parts.items():
-        layout = _text_layout(view)
-        convert = _hf if layout == "hf" or (layout == "sdxl" and part == "text_encoder") else _openclip
-        found |= {TEXT[part, layout] + name: tensor for name, tensor in convert(tensors).items()}
-    return found
+    tensors = {**view.network.state_dict(), **view.parameters_by_path()}
+    if DROPPED in layout_drops(dict(view.network.items())) and not _is_identity(tensors[DROPPED]):
+        raise InputError(f"{DROPPED!r} of {view.name!r} is no identity: one-file readers of SD3 leave it out")
+    entries = {entry.name: entry for entry in layout(view.network)}
+    if (own := entries.get(T5 + SHARED)) is not None:
+        entries[T5 + TIED] = replace(own, name=T5 + TIED)  # the same table; diffusers' reader does not tie the two
+    return Checkpoint(entries, tensors)
+
+
+def layout(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> list[Entry]:
+    """List the original layout of a pipeline's networks, found by their types.
+
+    Raises InputError for a tensor that has no place there.
+    """
+    found: list[Entry] = []
+    parts = dict(networks.items())
+    for part, module in parts.items():
+        names = stored_names(module)
+        if part == "unet":
+            found += _named(unet_names(names, module.config.layers_per_block), UNET, "unet.")
+        elif part == "transformer":
+            entries = flux_entries if isinstance(module, FluxTransformer2DModel) else sd3_entries
+            found += entries(names, UNET, "transformer.")
+        elif part == "vae":
+            flux = isinstance(parts.get("transformer"), FluxTransformer2DModel)
+            found += _vae(names, FLUX_VAE if flux else VAE, module)
+        else:
+            found += _text(part, names, parts)
+    return [entry for entry in found if entry.paths[0] not in layout_drops(parts)]
+
+
+def layout_drops(parts: Mapping[str, nn.Module]) -> tuple[str, ...]:
+    """List tensors that readers of the layout make up themselves: the projection behind SD3's first CLIP, identity."""
+    return (DROPPED,) if isinstance(parts.get("transformer"), SD3Transformer2DModel) else ()
+
+
+def stored_names(module: nn.Module) -> list[str]:
+    """List what a network keeps in files, each tensor once."""
+    kept = module.state_dict(keep_vars=True)
+    names = [*dict(module.named_parameters()), *(name for name, _ in module.named_buffers() if name in kept)]
+    return [name for name in names if name != TIED or SHARED not in kept]
+
+
+def _named(names: Mapping[str, str], prefix: str, root: str) -> Iterator[Entry]:
+    return (Entry(prefix + original, (root + name,)) for name, original in names.items())
+
+
+def _is_identity(tensor: Tensor) -> bool:
+    return torch.equal(tensor, torch.eye(*tensor.shape, dtype=tensor.dtype, device=tensor.device))
 
 
 def unet_names(names: Iterable[str], layers_per_block: int | Sequence[int]) -> dict[str, str]:
@@ -125,53 +170,67 @@ def _inside(kind: str, rest: str) -> str:
     return f"{_RESNET[layer]}.{leaf}"
 
 
-def _vae(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    ups = {int(found[1]) for name in tensors if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
-    return dict(_vae_entry(name, tensor, max(ups)) for name, tensor in tensors.items())
+def _vae(names: Sequence[str], prefix: str, vae: nn.Module) -> Iterator[Entry]:
+    ups = {int(found[1]) for name in names if (found := re.match(r"decoder\.up_blocks\.(\d+)\.", name))}
+    for name in names:
+        # attention of the original autoencoder is made of 1×1 convolutions
+        matrix = name.endswith(".weight") and vae.get_parameter(name).ndim == 2
+        form: Form = "pointwise" if matrix and ".mid_block.attentions.0." in name else "same"
+        yield Entry(prefix + _vae_name(name, max(ups)), (f"vae.{name}",), form)
 
 
-def _vae_entry(name: str, tensor: Tensor, last_up: int) -> tuple[str, Tensor]:
+def _vae_name(name: str, last_up: int) -> str:
     for word, original in _VAE_WORDS.items():
         name = name.replace(f".{word}.", f".{original}.")
-    if ".mid_block.attentions.0." in name and name.endswith("weight") and tensor.ndim == 2:
-        tensor = tensor[:, :, None, None]  # attention of the original autoencoder is made of 1×1 convolutions
     name = name.replace(".mid_block.attentions.0.", ".mid.attn_1.")
     name = re.sub(r"\.mid_block\.resnets\.(\d+)\.", lambda found: f".mid.block_{int(found[1]) + 1}.", name)
     name = re.sub(r"\.up_blocks\.(\d+)\.", lambda found: f".up.{last_up - int(found[1])}.", name)
     name = name.replace(".down_blocks.", ".down.").replace(".resnets.", ".block.")
-    name = name.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
-    return name, tensor
+    return name.replace(".downsamplers.0.", ".downsample.").replace(".upsamplers.0.", ".upsample.")
 
 
-def _text_layout(view: UNetGenerator) -> str:
-    if view.sdxl:
+def _text(part: str, names: Sequence[str], parts: Mapping[str, nn.Module]) -> Iterator[Entry]:
+    """Text encoders: Hugging Face's names, but in SD 2.x, and SDXL's second, OpenCLIP's own."""
+    root = f"{part}."
+    if "unet" not in parts:
+        if parts[part].config.model_type.startswith("clip"):
+            prefix = TEXT["text_encoder" if part == "text_encoder" else "text_encoder_2", "flow"]
+            return (Entry(prefix + _with_text_model(name), (root + name,)) for name in names)
+        return (Entry(T5 + name, (root + name,)) for name in names)
+    layout = _text_layout(parts)
+    if layout == "hf" or (layout == "sdxl" and part == "text_encoder"):
+        return (Entry(TEXT[part, layout] + _with_text_model(name), (root + name,)) for name in names)
+    return fused(_openclip(name, TEXT[part, layout], root) for name in names)
+
+
+def _text_layout(parts: Mapping[str, nn.Module]) -> str:
+    if "text_encoder_2" in parts:
         return "sdxl"
     # SD 1.x reads OpenAI's CLIP (quick_gelu) as Hugging Face names it, SD 2.x OpenCLIP (gelu) under its own names
-    return "openclip" if view.network["text_encoder"].config.hidden_act == "gelu" else "hf"
+    return "openclip" if parts["text_encoder"].config.hidden_act == "gelu" else "hf"
 
 
-def _hf(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.removeprefix("text_model."): tensor for name, tensor in tensors.items()}
+def _with_text_model(name: str) -> str:
+    """Name in files, with the "text_model." that transformers 5.6 dropped from models."""
+    return name if name.startswith(("text_model.", "text_projection.")) else f"text_model.{name}"
 
 
-def _openclip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found: dict[str, Tensor] = {}
-    plain = _hf(tensors)
-    for name, tensor in plain.items():
-        if name in _OPENCLIP:
-            found[_OPENCLIP[name]] = tensor.T if name == "text_projection.weight" else tensor
-        elif name.startswith("final_layer_norm."):
-            found[name.replace("final_layer_norm.", "ln_final.")] = tensor
-        elif inner := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", name):
-            place, rest = f"transformer.resblocks.{inner[1]}.", inner[2]
-            if fused := re.fullmatch(r"self_attn\.q_proj\.(weight|bias)", rest):
-                three = [plain[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-                found[f"{place}attn.in_proj_{fused[1]}"] = torch.cat(three)
-            elif not re.match(r"self_attn\.[kv]_proj\.", rest):
-                found[place + _openclip_layer(rest)] = tensor
+def _openclip(name: str, prefix: str, root: str) -> tuple[str, int, str, Form]:
+    plain, slot = name.removeprefix("text_model."), 0
+    form: Form = "transposed" if plain == "text_projection.weight" else "same"
+    if plain in _OPENCLIP:
+        original = _OPENCLIP[plain]
+    elif plain.startswith("final_layer_norm."):
+        original = plain.replace("final_layer_norm.", "ln_final.")
+    elif inner := re.fullmatch(r"encoder\.layers\.(\d+)\.(.+)", plain):
+        original = f"transformer.resblocks.{inner[1]}."
+        if part := re.fullmatch(r"self_attn\.([qkv])_proj\.(weight|bias)", inner[2]):
+            original, slot = f"{original}attn.in_proj_{part[2]}", "qkv".index(part[1])
         else:
-            raise InputError(f"text encoder parameter {name!r} has no place in OpenCLIP's layout")
-    return found
+            original += _openclip_layer(inner[2])
+    else:
+        raise InputError(f"text encoder parameter {name!r} has no place in OpenCLIP's layout")
+    return prefix + original, slot, root + name, form
 
 
 def _openclip_layer(rest: str) -> str:

@@ -60,6 +60,8 @@ class UNetGenerator(Diffusion):
         """Encode prompts, padding included; too long ones are cut as the pipeline does (`check_prompt` tells)."""
         if not prompts:
             raise InputError("no prompts to encode")
+        if self.texts is not None:
+            return self.texts.encode(prompts, self.name)
         ids, mask = self._tokenize(prompts, "")
         states, pooled = self._read(ids, mask, "")
         if self.sdxl:

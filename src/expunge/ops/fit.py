@@ -39,8 +39,7 @@ def fit(
         value = loss(step)
         if not bool(torch.isfinite(value)):
             raise InputError(f"the loss is {value.item()} at step {step}; lower lr (now {lr})")
-        with student.lending():
-            value.backward()
+        value.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
         optimizer.step()
         run.log("loss", step, value.item())

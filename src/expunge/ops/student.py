@@ -1,15 +1,15 @@
 """Trainable parts of a model, seen through a view: whole tensors, or thin factors over frozen ones."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from jaxtyping import Bool
 from torch import Tensor, nn
 
 from expunge.core.errors import InputError
-from expunge.core.generator import Generator, Group
+from expunge.core.generator import Generator, Group, Hook
 from expunge.patches.lowrank import Factors, LowRankPatch, product
 from expunge.patches.weights import WeightPatch, added
 
@@ -49,25 +49,6 @@ class Learner(ABC):
     def view(self) -> Generator:
         """Give the model with the current weights in place."""
         return self.model.view(weights=self.weights())
-
-    @contextmanager
-    def lending(self) -> Iterator[None]:
-        """Put the current weights into the network's own slots for the duration of a backward pass.
-
-        Gradient checkpointing runs forward again during backward. By then a functional view has taken its weights back,
-        so the recomputation would see the base's. The slots are restored on exit, also after an error. Predictions of
-        the base made inside would see the student: keep nothing but the backward pass here.
-        """
-        with torch.no_grad():
-            loans = [(*_slot(self.model.network, path), tensor) for path, tensor in self.weights().items()]
-        owned = [module._parameters[leaf] for module, leaf, _ in loans]
-        try:
-            for module, leaf, tensor in loans:
-                module._parameters[leaf] = nn.Parameter(tensor, requires_grad=True)
-            yield
-        finally:
-            for (module, leaf, _), parameter in zip(loans, owned, strict=True):
-                module._parameters[leaf] = parameter
 
 
 class Student(Learner):
@@ -109,7 +90,8 @@ class Student(Learner):
 class LowRankStudent(Learner):
     """Thin factors over frozen matrices: W' = W + B A, A "r in" drawn from N(0, 1/r²), B "out r" zero at the start.
 
-    So the untrained student is the base, and its files are LoRA with alpha = rank (arXiv:2106.09685).
+    So the untrained student is the base, and its files are LoRA with alpha = rank (arXiv:2106.09685). Its view computes
+    W x + B (A x), layer by layer: no B A of a matrix's size is ever made or kept for the backward pass.
     """
 
     def __init__(self, model: Generator, factors: Mapping[str, Factors]) -> None:
@@ -124,8 +106,8 @@ class LowRankStudent(Learner):
         factors = {}
         for path in paths:
             weight = model.weight(path)
-            if weight.ndim != 2:
-                raise InputError(f"{path} has shape {tuple(weight.shape)}; low rank is for matrices")
+            if weight.ndim != 2 or not isinstance(model.network.get_submodule(path.rpartition(".")[0]), nn.Linear):
+                raise InputError(f"{path} has shape {tuple(weight.shape)}; low rank is for matrices of linear maps")
             down = (torch.randn(rank, weight.shape[1], generator=rng) / rank).to(weight.device)
             up = torch.zeros(weight.shape[0], rank, device=weight.device)
             factors[path] = (down.requires_grad_(), up.requires_grad_())
@@ -140,6 +122,11 @@ class LowRankStudent(Learner):
     def parameters(self) -> tuple[Tensor, ...]:
         """The factors."""
         return tuple(factor for pair in self._factors.values() for factor in pair)
+
+    def view(self) -> Generator:
+        """Give the model with the factors beside its matrices; `weight` of this view still gives W."""
+        hooks = [Hook(path.removesuffix(".weight"), _beside(*pair)) for path, pair in self._factors.items()]
+        return self.model.view(hooks=hooks)
 
     def weights(self) -> dict[str, Tensor]:
         """Give W + B A by path, summed in float32, in the base's dtype."""
@@ -159,6 +146,12 @@ def _chosen(model: Generator, group: Group) -> dict[str, Tensor]:
     return chosen
 
 
-def _slot(network: nn.Module, path: str) -> tuple[nn.Module, str]:
-    module, _, leaf = path.rpartition(".")
-    return network.get_submodule(module), leaf
+def _beside(down: Tensor, up: Tensor) -> Callable[[nn.Module, tuple[Any, ...], Any], Tensor]:
+    """Add B (A x) to what a linear map says about x, in the precision of x."""
+
+    def run(module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
+        x = inputs[0]
+        low = nn.functional.linear(nn.functional.linear(x, down.to(x.dtype)), up.to(x.dtype))
+        return output + low.to(output.dtype)
+
+    return run

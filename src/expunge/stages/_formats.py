@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from expunge.core.errors import InputError
 from expunge.core.patch import Patch
-from expunge.models.original import kohya_module
+from expunge.models.mmdit import MMDiTGenerator
+from expunge.models.original import UNET, kohya_module, layout
 from expunge.models.unet import UNetGenerator
 from expunge.ops.extract import Spectrum, enough
 from expunge.patches.lowrank import Factors, LowRankPatch, product
@@ -23,6 +24,9 @@ from expunge.patches.weights import WeightPatch
 
 TOLERANCE, CAP = 1e-3, 128
 """Without a rank asked for: the smallest that loses less than this share of the change, but at most this rank."""
+
+View = UNetGenerator | MMDiTGenerator
+DENOISERS = ("unet.", "transformer.")
 
 # Layers of text encoders that LoRA readers know; ComfyUI and diffusers list the same ones.
 _TEXT_LAYERS = re.compile(r"text_encoder(_2)?\..*\.(q_proj|k_proj|v_proj|out_proj|fc1|fc2)\.(weight|bias)")
@@ -56,8 +60,8 @@ class _Factored:
     lost: float
 
 
-def lora(patch: Patch, view: UNetGenerator, rank: int | None) -> Weights:
-    """Write a patch as diffusers' `load_lora_weights` reads it, biases of the U-Net as `lora_B.bias`.
+def lora(patch: Patch, view: View, rank: int | None) -> Weights:
+    """Write a patch as diffusers' `load_lora_weights` reads it, biases of the denoiser as `lora_B.bias`.
 
     Raises InputError if nothing of the change fits into a LoRA.
     """
@@ -66,7 +70,7 @@ def lora(patch: Patch, view: UNetGenerator, rank: int | None) -> Weights:
     for module, (down, up) in made.factors.items():
         name = _with_text_model(module)
         tensors[f"{name}.lora_A.weight"], tensors[f"{name}.lora_B.weight"] = down, up
-        if made.biases and module.startswith("unet."):  # one bias needs all: peft switches them on together
+        if made.biases and module.startswith(DENOISERS):  # one bias needs all: peft switches them on together
             zero = torch.zeros(up.shape[0], dtype=up.dtype)
             tensors[f"{name}.lora_B.bias"] = made.biases.get(f"{module}.bias", zero)
     header = {"lora_adapter_metadata": json.dumps(_adapter(made), sort_keys=True)}
@@ -90,18 +94,39 @@ def kohya(patch: Patch, view: UNetGenerator, rank: int | None) -> Weights:
     return Weights(tensors, header, made.rank, made.layers, made.error, made.left_out, made.lost)
 
 
-def diff(patch: Patch, view: UNetGenerator) -> Weights:
-    """Write full differences as `.diff` and `.diff_b`, which ComfyUI and A1111 add with a strength: nothing is lost."""
+def diff(patch: Patch, view: View) -> Weights:
+    """Write full differences as `.diff` and `.diff_b`, which ComfyUI adds with a strength: nothing is lost.
+
+    U-Nets under kohya's names, which A1111 knows too. Transformers under their makers' own ("diffusion_model.…"), fused
+    matrices whole; no text encoders there, and not FLUX' query and key norms, which newer ComfyUI renames.
+    """
     changes = _changes(patch)
-    held = {path: delta for path, delta in changes.items() if path.startswith("unet.") or _TEXT_LAYERS.match(path)}
-    _something(held, changes)
-    tensors = {}
-    for path, delta in held.items():
-        module, _, leaf = path.rpartition(".")
-        tensors[kohya_module(module, view) + {"weight": ".diff", "bias": ".diff_b"}[leaf]] = delta
-    left_out = tuple(sorted(set(changes) - set(held)))
+    if isinstance(view, UNetGenerator):
+        held = {path for path in changes if path.startswith("unet.") or _TEXT_LAYERS.match(path)}
+        tensors = {_diff_name(path, kohya_module(path.rpartition(".")[0], view)): changes[path] for path in held}
+    else:
+        held, tensors = _native(changes, view)
+    _something(tensors, changes)
+    left_out = tuple(sorted(set(changes) - held))
     lost = _norm(changes[path] for path in left_out) / _norm(changes.values())
-    return Weights(tensors, {}, None, dict.fromkeys(held, 0.0), lost, left_out, lost)
+    return Weights(tensors, {}, None, dict.fromkeys(sorted(held), 0.0), lost, left_out, lost)
+
+
+def _native(changes: Mapping[str, Tensor], view: View) -> tuple[set[str], dict[str, Tensor]]:
+    held: set[str] = set()
+    tensors: dict[str, Tensor] = {}
+    for entry in layout(view.network):
+        moved = [path for path in entry.paths if path in changes]
+        if moved and entry.name.startswith(UNET) and entry.name.endswith((".weight", ".bias")):
+            still = {path: torch.zeros_like(view.weight(path)) for path in entry.paths if path not in changes}
+            module = "diffusion_model." + entry.name.removeprefix(UNET).rpartition(".")[0]
+            tensors[_diff_name(entry.name, module)] = entry.stored({**still, **changes})
+            held |= set(moved)
+    return held, tensors
+
+
+def _diff_name(path: str, module: str) -> str:
+    return module + {"weight": ".diff", "bias": ".diff_b"}[path.rpartition(".")[2]]
 
 
 def _changes(patch: Patch) -> dict[str, Tensor]:
@@ -125,11 +150,11 @@ def _something(held: Mapping[str, Tensor], changes: Mapping[str, Tensor]) -> Non
         raise InputError(f"none of the {len(changes)} tensors of this artifact can be written in this format{example}")
 
 
-def _factored(patch: Patch, view: UNetGenerator, rank: int | None, *, biases: bool) -> _Factored:
+def _factored(patch: Patch, view: View, rank: int | None, *, biases: bool) -> _Factored:
     changes = _changes(patch)
     fit = {path for path in changes if _is_map(path, view)}
     maps = {path: changes[path] for path in fit if path.endswith(".weight")}
-    added = {path: changes[path] for path in fit if biases and path.startswith("unet.") and path.endswith(".bias")}
+    added = {path: changes[path] for path in fit if biases and path.startswith(DENOISERS) and path.endswith(".bias")}
     _something({**maps, **added}, changes)
     left_out, total = tuple(sorted(set(changes) - set(maps) - set(added))), _norm(changes.values())
     made = _own_factors(patch, rank) or _extracted(maps, rank)
@@ -167,7 +192,7 @@ def _extracted(maps: Mapping[str, Tensor], rank: int | None) -> dict[str, Factor
     return {path: spectrum.factors(chosen) for path, spectrum in spectra.items()}
 
 
-def _is_map(path: str, view: UNetGenerator) -> bool:
+def _is_map(path: str, view: View) -> bool:
     """Whether a tensor belongs to a linear map or convolution that LoRA readers look for."""
     module = view.network.get_submodule(path.rpartition(".")[0])
     known = not path.startswith("text_encoder") or _TEXT_LAYERS.match(path) is not None
@@ -197,7 +222,7 @@ def _norm(tensors: Iterable[Tensor]) -> float:
 def _with_text_model(module: str) -> str:
     """Name of a text encoder's module in LoRA files: with "text_model.", which transformers 5.6 dropped from models."""
     part, _, name = module.partition(".")
-    if part == "unet" or name.startswith("text_model."):
+    if module.startswith(DENOISERS) or name.startswith("text_model."):
         return module
     return f"{part}.text_model.{name}"
 
@@ -209,6 +234,6 @@ def _adapter(made: _Factored) -> dict[str, object]:
         inside = [module.removeprefix(f"{part}.") for module in made.factors if module.startswith(f"{part}.")]
         facts[f"{part}.r"] = facts[f"{part}.lora_alpha"] = made.rank
         facts[f"{part}.target_modules"] = sorted(name.removeprefix("text_model.") for name in inside)
-        if made.biases and part == "unet":
+        if made.biases and f"{part}." in DENOISERS:
             facts[f"{part}.lora_bias"] = True
     return facts

@@ -19,7 +19,8 @@ import expunge
 from expunge.core.card import Provenance
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
-from expunge.models._names import EMBEDDED, TINY, embedded_names
+from expunge.models._folder import file_header
+from expunge.models._names import EMBEDDED, TINY, embedded_names, parted
 from expunge.stages import _files
 
 PACKAGES = ("diffusers", "numpy", "peft", "safetensors", "torch", "transformers")
@@ -41,9 +42,12 @@ def source_of(model: Generator, name: str) -> Source:
 
 
 def _licence(name: str) -> str:
-    """Return the `license:` line of the model folder's README, as hubs write it."""
+    """Return the `license:` line of the model folder's README, as hubs write it, or what a file's header says."""
     if name in TINY:
         return "none: random weights"
+    if (found := parted(name)) is not None:
+        about = file_header(found[0])
+        return about.get("modelspec.license") or about.get("licence") or "not stated in the file"
     folder = EMBEDDED / name if name in embedded_names() else Path(name)
     readme = folder / "README.md"
     lines = readme.read_text(encoding="utf-8").splitlines() if readme.is_file() else []

@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,11 +26,13 @@ _CODES = {
 def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
     """Write one .safetensors file whole or not at all and return its size; equal content gives equal bytes.
 
+    Tensors are asked for one at a time, twice each, and not kept: a mapping may make them then.
     Raises InputError if the file exists or a tensor's type has no code, OSError if the disk is full.
     """
     refuse_existing(path)
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first keeps all aligned
-    head = _header({name: tensors[name] for name in names}, metadata)
+    facts = {name: _fact(name, tensors[name]) for name in sorted(tensors)}
+    names = sorted(facts, key=lambda name: -facts[name].dtype.itemsize)  # wide first keeps all aligned
+    head = _header({name: facts[name] for name in names}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
@@ -53,13 +56,23 @@ def refuse_existing(path: Path) -> None:
         raise InputError(f"{path} exists already; nothing is overwritten")
 
 
-def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:
+@dataclass(frozen=True)
+class _Fact:
+    dtype: torch.dtype
+    shape: torch.Size
+
+
+def _fact(name: str, tensor: Tensor) -> _Fact:
+    if tensor.dtype not in _CODES:
+        raise InputError(f"tensor {name!r} is {tensor.dtype}; legal: {', '.join(map(str, _CODES))}")
+    return _Fact(tensor.dtype, tensor.shape)
+
+
+def _header(facts: Mapping[str, _Fact], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
-    for name, tensor in tensors.items():
-        if tensor.dtype not in _CODES:
-            raise InputError(f"tensor {name!r} is {tensor.dtype}; legal: {', '.join(map(str, _CODES))}")
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    for name, fact in facts.items():
+        start, end = end, end + fact.shape.numel() * fact.dtype.itemsize
+        entries[name] = {"dtype": _CODES[fact.dtype], "shape": list(fact.shape), "data_offsets": [start, end]}
     text = json.dumps(entries, sort_keys=True, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)

@@ -19,18 +19,19 @@ from expunge.stages.certify import certify
 from expunge.stages.recipe import Recipe
 
 
-def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
+def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpointing: bool = False) -> Path:
     """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
+    checkpointing: as `load` has it; no part of the recipe, as gradients are the same up to rounding.
     """
     folder = out / "artifact"
     eraser, request = recipe.eraser(), recipe.request()
     if folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
     run.progress(f"load {recipe.model.name}", 0, 1)
-    model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype)
+    model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype, checkpointing=checkpointing)
     run.progress(f"load {recipe.model.name}", 1, 1)
     source = source_of(model, recipe.model.name)
     if folder.exists():

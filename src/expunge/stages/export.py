@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+from collections import ChainMap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,9 +15,11 @@ import expunge
 from expunge.core.card import Card
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import Generator
-from expunge.models._names import EMBEDDED, embedded_names
+from expunge.models._folder import file_header
+from expunge.models._names import EMBEDDED, embedded_names, parted
 from expunge.models._quiet import quiet
 from expunge.models.load import load
+from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.original import checkpoint
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
@@ -63,10 +66,11 @@ def export(
     base: str | None = None,
     device: str = "cpu",
 ) -> Exported:
-    """Write an artifact of a U-Net model as one file or folder, whole or not at all.
+    """Write an artifact as one file or folder, whole or not at all.
 
-    to: "lora" (diffusers), "kohya" (A1111, Forge, ComfyUI), "comfy-diff" (full differences for ComfyUI and A1111),
-    "merged" (one checkpoint in the original layout), "pipeline" (diffusers folder of the edited model). A guard is
+    to: "lora" (diffusers; ComfyUI for transformers), "kohya" (A1111, Forge, ComfyUI; U-Nets only), "comfy-diff" (full
+    differences for ComfyUI, of U-Nets also A1111), "merged" (one checkpoint in the original layout), "pipeline"
+    (diffusers folder of the edited model). A guard is
     written as a folder with card and tensors, and cannot be merged. rank: of "lora" and "kohya"; by default that of a
     low-rank patch, or the smallest that loses less than 1e-3 of a full change, at most 128. base: where the base model
     is now, by default where it was. Raises InputError for anything that does not fit, or if `out` exists.
@@ -78,6 +82,11 @@ def export(
         raise InputError(
             f"{card.method} made a guard, which is code and cannot be merged into weights; legal: {', '.join(ADAPTERS)}"
         )
+    if to == "kohya" and card.base.family != "unet":
+        raise InputError(
+            f"format 'kohya' names the layers of U-Nets (SD 1.x, 2.x, SDXL), {card.base.name!r} is of family "
+            f"{card.base.family!r}; legal: lora (ComfyUI reads it for transformers), comfy-diff, merged, pipeline"
+        )
     place = out or _default(source, card, "guard" if guard else to)
     _check_place(place, folder=guard or to == "pipeline")
     name = base or card.base.name
@@ -85,8 +94,8 @@ def export(
     made, model = artifact.load(source), load(name, device=device, dtype=card.run.dtype)
     check_unquantised(model)
     view = made.on(model)
-    if not isinstance(view, UNetGenerator):
-        raise InputError(f"{name!r} is of family {view.family!r}; exports are written for family 'unet'")
+    if not isinstance(view, UNetGenerator | MMDiTGenerator):
+        raise InputError(f"{name!r} is of family {view.family!r}; exports are written for families unet, mmdit")
     if guard:
         return _write_guard(made, place, to)
     if to == "pipeline":
@@ -108,10 +117,11 @@ def check_words(to: str, rank: int | None) -> None:
 
 def check_unquantised_folder(name: str) -> None:
     """Raise InputError for a local model folder whose configuration says that a part is quantised."""
-    for file in sorted(Path(name).glob("*/config.json")):
-        found = _files.read_json(file).get("quantization_config")
-        if found is not None:
-            method = found.get("quant_method", "unnamed") if isinstance(found, dict) else found
+    found = parted(name)
+    for file in sorted(Path(name if found is None else found[1]).glob("*/config.json")):
+        how = _files.read_json(file).get("quantization_config")
+        if how is not None:
+            method = how.get("quant_method", "unnamed") if isinstance(how, dict) else how
             raise _quantised(name, file.parent.name, f"method {method!r}")
 
 
@@ -166,6 +176,8 @@ def _header(card: Card, to: str, name: str) -> dict[str, str]:
 
 def _attribution(name: str) -> str:
     """What the base model's README says below its front matter: credits that its licence may want passed on."""
+    if (found := parted(name)) is not None:
+        return file_header(found[0]).get("attribution", "")
     readme = _folder_of(name) / "README.md"
     text = readme.read_text(encoding="utf-8") if readme.is_file() else ""
     return re.sub(r"\A---\n.*?\n---\n", "", text, flags=re.DOTALL).strip()[:4000]
@@ -176,12 +188,12 @@ def _folder_of(name: str) -> Path:
 
 
 def _write_adapter(
-    made: artifact.Artifact, view: UNetGenerator, place: Path, to: str, rank: int | None, name: str
+    made: artifact.Artifact, view: _formats.View, place: Path, to: str, rank: int | None, name: str
 ) -> Exported:
     match to:
         case "lora":
             weights = _formats.lora(made.patch, view, rank)
-        case "kohya":
+        case "kohya" if isinstance(view, UNetGenerator):
             weights = _formats.kohya(made.patch, view, rank)
         case _:
             weights = _formats.diff(made.patch, view)
@@ -220,17 +232,20 @@ def _notes(weights: _formats.Weights) -> Iterator[str]:
         yield f"rank {weights.rank} keeps all but {100 * weights.error:.2g} % of the change; a higher --rank keeps more"
 
 
-def _write_merged(view: UNetGenerator, place: Path, header: Mapping[str, str]) -> Exported:
-    tensors, sampler = checkpoint(view), view.scheduler.config
-    if view.sdxl and sampler.get("prediction_type") == "v_prediction":
-        tensors["v_pred"] = torch.zeros(0)  # how ComfyUI and Forge tell SDXL models that predict v
-        if sampler.get("rescale_betas_zero_snr"):
-            tensors["ztsnr"] = torch.zeros(0)
-    size = _tensors.write(place, tensors, {**header, "prediction_type": str(sampler.get("prediction_type"))})
+def _write_merged(view: _formats.View, place: Path, header: Mapping[str, str]) -> Exported:
+    marks, about = {}, dict(header)
+    if isinstance(view, UNetGenerator):
+        sampler = view.scheduler.config
+        about["prediction_type"] = str(sampler.get("prediction_type"))
+        if view.sdxl and sampler.get("prediction_type") == "v_prediction":
+            marks["v_pred"] = torch.zeros(0)  # how ComfyUI and Forge tell SDXL models that predict v
+            if sampler.get("rescale_betas_zero_snr"):
+                marks["ztsnr"] = torch.zeros(0)
+    size = _tensors.write(place, ChainMap(marks, checkpoint(view)), about)  # type: ignore[arg-type]  # only read
     return Exported(path=place, format="merged", bytes=size)
 
 
-def _write_pipeline(view: UNetGenerator, place: Path, card: Card, name: str) -> Exported:
+def _write_pipeline(view: _formats.View, place: Path, card: Card, name: str) -> Exported:
     with _files.whole_folder(place) as part:
         with quiet():
             view.merged().save_pretrained(part, safe_serialization=True)

@@ -124,8 +124,7 @@ class AllButOne(Eraser):
             wish, drift = self.terms(model, preds, now.goals)
             run.log("drift", step, drift.item())
             if self.constraint == "projection":
-                with student.lending():
-                    return surgical(wish, drift, student.parameters, self.drift_weight)
+                return surgical(wish, drift, student.parameters, self.drift_weight)
             total = wish + multiplier * drift
             if self.constraint == "lagrangian":
                 multiplier = max(0.0, multiplier + self.dual_lr * (drift.item() - self.drift_budget))

@@ -8,6 +8,14 @@ EMBEDDED = Path(__file__).parent.parent / "embedded"
 TINY = ("tiny-unet", "tiny-unet-v", "tiny-sdxl", "tiny-sd3", "tiny-flux", "tiny-flux-distilled")
 """Random toy models of real classes, built by `models/tiny.py`."""
 
+SHAPES = Path(__file__).parent / "shapes"
+"""One JSON file for each published model whose shape is known, without weights."""
+
+
+def shape_names() -> tuple[str, ...]:
+    """List the published models that `skeleton` can describe; `load` knows none of these names."""
+    return tuple(sorted(file.stem for file in SHAPES.glob("*.json")))
+
 
 def embedded_names(root: Path = EMBEDDED) -> tuple[str, ...]:
     """List the trained models that ship with the package."""

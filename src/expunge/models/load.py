@@ -4,6 +4,7 @@ import json
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,14 +106,24 @@ def load(
 def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     """Open a Stable Diffusion 1.x, 2.x, XL, 3 or FLUX.1 folder, without safety checker or watermark."""
     index = _json(folder / "model_index.json")
+    parts = {
+        part: None if expected is None else _part(folder, part, expected, index, dtype)
+        for part, expected in parts_of(index, folder).items()
+    }
+    return assembled(index["_class_name"], parts, zeros=index.get("force_zeros_for_empty_prompt", True))
+
+
+def parts_of(index: Mapping[str, Any], where: str | Path) -> dict[str, type | None]:
+    """Give the parts of a pipeline and their classes, None for what its index leaves out; other classes: InputError."""
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
-        raise InputError(f"model folder {str(folder)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
+        raise InputError(f"model folder {str(where)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
     absent = {part for part in _OPTIONAL if (index.get(part) or [None])[0] is None}
-    parts = {
-        part: None if part in absent else _part(folder, part, expected, index, dtype)
-        for part, expected in _PIPELINES[kind].items()
-    }
+    return {part: None if part in absent else expected for part, expected in _PIPELINES[kind].items()}
+
+
+def assembled(kind: str, parts: Mapping[str, Any], *, zeros: bool) -> Pipeline:
+    """Put a pipeline together, without safety checker or watermark; zeros: how SDXL encodes the empty prompt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers corrects outdated schedulers, and says so each time
         if kind == StableDiffusion3Pipeline.__name__:
@@ -120,7 +131,6 @@ def open_folder(folder: Path, dtype: torch.dtype) -> Pipeline:
         if kind == FluxPipeline.__name__:
             return FluxPipeline(**parts)
         if kind == StableDiffusionXLPipeline.__name__:
-            zeros = index.get("force_zeros_for_empty_prompt", True)
             return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
         unchecked: dict[str, Any] = {
             "safety_checker": None,

@@ -28,7 +28,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises InputError if the file exists or a tensor's type has no code, OSError if the disk is full.
     """
     refuse_existing(path)
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first keeps all aligned
+    names = _ordered(tensors)
     head = _header({name: tensors[name] for name in names}, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
@@ -47,10 +47,20 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     return path.stat().st_size
 
 
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Give the bytes of the file that `write` would write; no numbers are needed, tensors may be on the meta device."""
+    head = _header({name: tensors[name] for name in _ordered(tensors)}, metadata)
+    return 8 + len(head) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
 def refuse_existing(path: Path) -> None:
     """Raise InputError if there is anything at a path."""
     if path.exists():
         raise InputError(f"{path} exists already; nothing is overwritten")
+
+
+def _ordered(tensors: Mapping[str, Tensor]) -> list[str]:
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # wide first keeps all aligned
 
 
 def _header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> bytes:

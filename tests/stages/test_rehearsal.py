@@ -91,7 +91,7 @@ def test_what_is_asked_of_numbers_is_answered():
     account = rehearsed()
     with account.running():
         a = matrix(4)
-        assert bool(a.any()) and float(a.norm()) == 1.0 and torch.equal(a, a + 1)
+        assert bool(a.any()) and float(a.norm()) == 1.0 and torch.equal(a, a) and not torch.equal(a, a + 1)
         unique, where = torch.unique(a, dim=0, return_inverse=True)
         assert unique.shape == a.shape and where.shape == (4,)
         assert a[a[:, 0] > 0].shape == a.shape

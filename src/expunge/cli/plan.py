@@ -46,7 +46,8 @@ def plan(
         from expunge.stages.recipe import settings as parsed
 
         options = parsed(find("methods", method), settings or [])
-        found = stage.plan(settled(model), method, options, dtype=dtype, rank=rank)
+        place = model if model in shape_names() else settled(model)
+        found = stage.plan(place, method, options, dtype=dtype, rank=rank)
     screen.emit({**asdict(found), "peak": found.peak})
     screen.say(_title(found))
     if names:

@@ -19,6 +19,7 @@ from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.weights import WeightPatch
 from expunge.stages import _formats, _tensors, artifact
 from expunge.stages._rehearsal import Held, Rehearsal
 from expunge.stages.certify import statements
@@ -140,7 +141,7 @@ def plan(
             for name, tensor in sorted(tensors.items())
         ),
         artifact=_tensors.size(tensors, _header(model, method, patch)),
-        exact=not guessed,
+        exact=not guessed or isinstance(patch, WeightPatch),  # a difference has its weight's shape
         exports=exports,
         erasing=erasing,
         saving=saving,

@@ -30,7 +30,17 @@ def test_what_is_dropped_counts_no_longer():
         assert account.held == MB
     assert account.peak.total == account.peak.rest == 3 * MB
     account.restart()
-    assert account.peak.total == MB
+    assert account.peak.rest == MB and account.peak.kept == 2 * MB  # small blocks stay with the allocator
+    assert account.beside(MB, 2) == 3 * MB and account.beside(40 * MB) == 43 * MB
+
+
+def test_large_blocks_are_given_back():
+    account = rehearsed()
+    with account.running():
+        a = matrix(512 * 40)
+        del a
+        b = matrix(512 * 33)
+    assert b.is_meta and account.peak.total == 40 * MB and account.beside(0) == 33 * MB
 
 
 def test_a_backward_pass_holds_what_autograd_saves():

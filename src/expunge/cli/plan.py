@@ -93,6 +93,7 @@ def _memory(held: "Held") -> Iterator[tuple[str, str]]:
         "gradients": held.gradients,
         "optimizer": held.optimizer,
         "activations and the rest": held.rest,
+        "freed, and kept by the allocator": held.kept,
         "together": held.total,
     }
     yield from ((name, _size(count)) for name, count in rows.items() if count)

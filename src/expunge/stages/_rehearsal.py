@@ -3,13 +3,13 @@
 Shapes, dtypes and lifetimes are the real ones, because the real code runs. What it asks of numbers is answered for it:
 a test is true, a float 1.0, a selection keeps everything, and a tensor equals itself alone. Small tensors stay real, so
 that positions, masks and noise levels are what they will be. Attention is the fused kernel's, as on CPUs and GPUs: no
-map of it is ever whole.
+map of it is ever whole. What is freed in small blocks stays taken, as the C library has it.
 """
 
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ aten = torch.ops.aten
 
 KINDS = ("weights", "trainable", "gradients", "optimizer", "rest")
 
+LARGE = 32 * 2**20  # bytes; glibc gives larger blocks back at once, and keeps smaller ones for later
 SMALL = 4096  # floats; larger ones have no numbers
 SMALL_INDEX = 2**20  # integers and truth values
 
@@ -43,11 +44,13 @@ class Held:
     """Its moments."""
     rest: int = 0
     """Activations and everything else."""
+    kept: int = 0
+    """Freed before in blocks below LARGE, and not given back by the allocator."""
 
     @property
     def total(self) -> int:
         """All of it."""
-        return self.weights + self.trainable + self.gradients + self.optimizer + self.rest
+        return self.weights + self.trainable + self.gradients + self.optimizer + self.rest + self.kept
 
 
 class Rehearsal(TorchDispatchMode):
@@ -58,9 +61,9 @@ class Rehearsal(TorchDispatchMode):
         self.guessed = False
         """Whether code asked for an integer, which may have become a size."""
         self.peak = Held()
-        self._kinds: dict[int, tuple[str, int]] = {}
+        self._kinds: dict[int, tuple[str, int, int]] = {}
         self._live = dict.fromkeys(KINDS, 0)
-        self._total = self._most = 0
+        self._total = self._most = self._small = self._high = self._born = self._peak_born = 0
         for tensor in (*network.parameters(), *network.buffers()):
             self._count(tensor)
             self._mark(tensor, "weights")
@@ -88,6 +91,13 @@ class Rehearsal(TorchDispatchMode):
     def held(self) -> int:
         """Bytes alive now."""
         return self._total
+
+    def beside(self, size: int, copies: int = 1) -> int:
+        """Bytes taken, should some more blocks of one size be wanted now."""
+        more = copies * size
+        if size >= LARGE:
+            return self._total - self._small + self._high + more
+        return self._total - self._small + max(self._high, self._small + more)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -127,28 +137,37 @@ class Rehearsal(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._kinds:
-            self._kinds[key] = ("rest", storage.nbytes())
-            self._live["rest"] += storage.nbytes()
-            self._total += storage.nbytes()
+            size, self._born = storage.nbytes(), self._born + 1
+            self._kinds[key] = ("rest", size, self._born)
+            self._live["rest"] += size
+            self._total += size
+            self._small += size if size < LARGE else 0
+            self._high = max(self._high, self._small)
             weakref.finalize(storage, self._free, key).atexit = False
             self._note()
 
     def _free(self, key: int) -> None:
-        kind, size = self._kinds.pop(key)
+        kind, size, _ = self._kinds.pop(key)
         self._live[kind] -= size
         self._total -= size
+        self._small -= size if size < LARGE else 0
 
     def _note(self) -> None:
-        if self._total > self._most:
-            self._most, self.peak = self._total, Held(**self._live)
+        taken = self.beside(0)
+        if taken > self._most:
+            self._most, self._peak_born = taken, self._born
+            self.peak = Held(**self._live, kept=self._high - self._small)
 
     def _mark(self, tensor: Tensor, kind: str) -> None:
         key = tensor.untyped_storage()._cdata
         if key in self._kinds:
-            old, size = self._kinds[key]
-            self._kinds[key] = (kind, size)
+            old, size, born = self._kinds[key]
+            self._kinds[key] = (kind, size, born)
             self._live[old] -= size
             self._live[kind] += size
+            if born <= self._peak_born and old != kind:  # it was there at the peak, and is now known for what it is
+                peak = {name: getattr(self.peak, name) for name in (old, kind)}
+                self.peak = replace(self.peak, **{old: peak[old] - size, kind: peak[kind] + size})
 
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         first = not optimizer.state

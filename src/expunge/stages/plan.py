@@ -158,12 +158,11 @@ def _brief(eraser: Eraser) -> Eraser:
 def _saving(rehearsal: Rehearsal, base: Generator, patch: Patch, request: Request) -> int:
     """The fullest of three moments: the card's relative changes, the file's bytes, the certificates of its copy."""
     size = sum(tensor.numel() * tensor.element_size() for tensor in patch.tensors().values())
-    held = rehearsal.held
     artifact.changes(base, patch)
-    described = rehearsal.peak.total
+    described, written = rehearsal.peak.total, rehearsal.beside(size, COPIES)
     rehearsal.restart()
     statements(base, patch.on(base), request)
-    return max(described, held + COPIES * size, rehearsal.peak.total + size)
+    return max(described, written, rehearsal.peak.total + size)
 
 
 def _header(model: str, method: str, patch: Patch) -> dict[str, str]:

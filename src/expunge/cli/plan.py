@@ -13,7 +13,8 @@ from expunge.cli.options import Json
 from expunge.models._names import settled, shape_names
 
 if TYPE_CHECKING:
-    from expunge.stages.plan import Held, Plan, Site
+    from expunge.stages._rehearsal import Held
+    from expunge.stages.plan import Plan, Site
 
 SHAPES = ", ".join(shape_names())
 

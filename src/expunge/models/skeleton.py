@@ -32,11 +32,22 @@ def skeleton(name_or_path: str | Path, *, dtype: torch.dtype | str | None = None
     if name in shape_names():
         return _generator(_described(_json(SHAPES / f"{name}.json"), kind), name, META)
     if name in TINY:
-        return _generator(tiny_pipeline(name, dtype=kind), name, META)
+        return _generator(_stripped(tiny_pipeline(name, dtype=kind)), name, META)
     folder = EMBEDDED / name if name in embedded_names() else Path(name_or_path)
     if not folder.is_dir():
         raise unknown("model", name, (*shape_names(), *model_names(), "a diffusers folder"))
     return _generator(_folder(folder, kind), name, META)
+
+
+def _stripped(pipeline: Pipeline) -> Pipeline:
+    """Take the numbers out of a pipeline; what is one tensor under two names stays one, which `Module.to` forgets."""
+    seen: dict[nn.Parameter, nn.Parameter] = {}
+    for part in pipeline.components.values():
+        for module in part.modules() if isinstance(part, nn.Module) else ():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:
+                    module._parameters[name] = seen.setdefault(parameter, nn.Parameter(parameter.detach().to(META)))
+    return pipeline
 
 
 def _described(shape: Mapping[str, Any], dtype: torch.dtype) -> Pipeline:

@@ -59,6 +59,7 @@ def plan(
     screen.table(("file", "size", ""), list(_files(found)))
     screen.say("")
     screen.table(("memory at the fullest moment", "size"), list(_memory(found.erasing)))
+    screen.say(f"{_size(found.loading)} while the model is loaded")
     screen.say(f"{_size(found.saving)} while the result is certified and written, on the host")
     screen.say("beside that, Python and its libraries take about half a GB")
 

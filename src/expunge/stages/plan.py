@@ -4,6 +4,7 @@ import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.core.registry import find
+from expunge.models._names import EMBEDDED, embedded_names
 from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
@@ -84,6 +86,9 @@ class Plan:
     exact: bool
     """False where the method takes a size from its data, so that the artifact may differ."""
     exports: tuple[Export, ...]
+    loading: int
+    """The fullest moment of loading: parts already there, and the weight file of the next. Just the weights where there
+    are no files."""
     erasing: Held
     """The fullest moment of erasing."""
     saving: int
@@ -92,7 +97,7 @@ class Plan:
     @property
     def peak(self) -> int:
         """What has to fit, beside what Python and its libraries take."""
-        return max(self.erasing.total, self.saving)
+        return max(self.loading, self.erasing.total, self.saving)
 
 
 def plan(
@@ -143,9 +148,18 @@ def plan(
         artifact=_tensors.size(tensors, _header(model, method, patch)),
         exact=not guessed or isinstance(patch, WeightPatch),  # a difference has its weight's shape
         exports=exports,
+        loading=_loading(base, EMBEDDED / model if model in embedded_names() else Path(model)),
         erasing=erasing,
         saving=saving,
     )
+
+
+def _loading(base: Generator, folder: Path) -> int:
+    held = most = 0
+    for part, module in base.network.named_children():
+        held += _bytes([*module.parameters(), *module.buffers()])
+        most = max(most, held + sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")))
+    return most
 
 
 def _brief(eraser: Eraser) -> Eraser:

@@ -71,6 +71,9 @@ class Eraser(ABC):
     """False where the method has no destination to send a target to, so a request's anchors do nothing."""
     uses_retain: ClassVar[bool] = True
     """False where the method has no term for retained concepts, so naming them does nothing."""
+    brief: ClassVar[Mapping[str, int]] = MappingProxyType({"steps": 4, "walk": 2})
+    """Settings that only repeat what has been done before, and the fewest repetitions that show what a run holds in
+    memory: a rehearsal (`expunge plan`) goes no further. Names that a method has no field for say nothing."""
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Contract checks that do not apply, by name, with the reason."""
 

@@ -12,6 +12,14 @@ PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 CHECKPOINTS = (".safetensors", *PICKLED)
 """Endings of one-file checkpoints; pickled ones are never read."""
 
+SHAPES = Path(__file__).parent / "shapes"
+"""One JSON file for each published model whose shape is known, without weights."""
+
+
+def shape_names() -> tuple[str, ...]:
+    """List the published models that `skeleton` can describe; `load` knows none of these names."""
+    return tuple(sorted(file.stem for file in SHAPES.glob("*.json")))
+
 
 def embedded_names(root: Path = EMBEDDED) -> tuple[str, ...]:
     """List the trained models that ship with the package."""

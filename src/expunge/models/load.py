@@ -3,6 +3,7 @@
 import os
 import re
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -127,15 +128,27 @@ def open_folder(folder: Path, dtype: torch.dtype, file: Path | None = None) -> P
     file: a checkpoint in the original layout whose weights take the place of the folder's.
     """
     index = read_json(folder / "model_index.json")
+    wanted = parts_of(index, folder)
+    models = {part: kind for part, kind in wanted.items() if kind is not None and issubclass(kind, nn.Module)}
+    given = {} if file is None else single_file.networks(file, folder, models, index["_class_name"], dtype)
+    parts = {
+        part: None if kind is None else given[part] if part in given else _part(folder, part, kind, index, dtype)
+        for part, kind in wanted.items()
+    }
+    return assembled(index["_class_name"], parts, zeros=index.get("force_zeros_for_empty_prompt", True))
+
+
+def parts_of(index: Mapping[str, Any], where: str | Path) -> dict[str, type | None]:
+    """Give the parts of a pipeline and their classes, None for what its index leaves out; other classes: InputError."""
     kind = index.get("_class_name")
     if kind not in _PIPELINES:
-        raise InputError(f"model folder {str(folder)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
-    absent = {part for part in _PIPELINES[kind] if part in _OPTIONAL and (index.get(part) or [None])[0] is None}
-    wanted = {part: expected for part, expected in _PIPELINES[kind].items() if part not in absent}
-    models = {part: expected for part, expected in wanted.items() if issubclass(expected, nn.Module)}
-    given = {} if file is None else single_file.networks(file, folder, models, kind, dtype)
-    parts = dict.fromkeys(absent) | given
-    parts |= {part: _part(folder, part, wanted[part], index, dtype) for part in wanted if part not in given}
+        raise InputError(f"model folder {str(where)!r} is a {kind!r}; legal: {', '.join(sorted(_PIPELINES))}")
+    absent = {part for part in _OPTIONAL if (index.get(part) or [None])[0] is None}
+    return {part: None if part in absent else expected for part, expected in _PIPELINES[kind].items()}
+
+
+def assembled(kind: str, parts: Mapping[str, Any], *, zeros: bool) -> Pipeline:
+    """Put a pipeline together, without safety checker or watermark; zeros: how SDXL encodes the empty prompt."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers corrects outdated schedulers, and says so each time
         if kind == StableDiffusion3Pipeline.__name__:
@@ -143,7 +156,6 @@ def open_folder(folder: Path, dtype: torch.dtype, file: Path | None = None) -> P
         if kind == FluxPipeline.__name__:
             return FluxPipeline(**parts)
         if kind == StableDiffusionXLPipeline.__name__:
-            zeros = index.get("force_zeros_for_empty_prompt", True)
             return StableDiffusionXLPipeline(**parts, force_zeros_for_empty_prompt=zeros, add_watermarker=False)
         unchecked: dict[str, Any] = {
             "safety_checker": None,

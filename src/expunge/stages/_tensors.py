@@ -30,9 +30,7 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
     Raises InputError if the file exists or a tensor's type has no code, OSError if the disk is full.
     """
     refuse_existing(path)
-    facts = {name: _fact(name, tensors[name]) for name in sorted(tensors)}
-    names = sorted(facts, key=lambda name: -facts[name].dtype.itemsize)  # wide first keeps all aligned
-    head = _header({name: facts[name] for name in names}, metadata)
+    names, head = _laid_out(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = temporary(path)
     try:
@@ -48,6 +46,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
         part.unlink(missing_ok=True)
     sync_folder(path.parent)
     return path.stat().st_size
+
+
+def size(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> int:
+    """Give the bytes of the file that `write` would write; no numbers are needed, tensors may be on the meta device."""
+    _, head = _laid_out(tensors, metadata)
+    return 8 + len(head) + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def refuse_existing(path: Path) -> None:
@@ -66,6 +70,13 @@ def _fact(name: str, tensor: Tensor) -> _Fact:
     if tensor.dtype not in _CODES:
         raise InputError(f"tensor {name!r} is {tensor.dtype}; legal: {', '.join(map(str, _CODES))}")
     return _Fact(tensor.dtype, tensor.shape)
+
+
+def _laid_out(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> tuple[list[str], bytes]:
+    """The tensors' order in a file, and its header."""
+    facts = {name: _fact(name, tensors[name]) for name in sorted(tensors)}
+    names = sorted(facts, key=lambda name: -facts[name].dtype.itemsize)  # wide first keeps all aligned
+    return names, _header({name: facts[name] for name in names}, metadata)
 
 
 def _header(facts: Mapping[str, _Fact], metadata: Mapping[str, str]) -> bytes:

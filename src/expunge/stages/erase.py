@@ -74,15 +74,20 @@ def certified(folder: Path, model: Generator, request: Request, out: Path) -> Pa
 
 def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None:
     """Refuse what cannot work before any time is spent: a foreign family, unspeakable words, weights that hold NaN."""
-    if model.family not in eraser.families:
-        legal = ", ".join(sorted(eraser.families))
-        raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
+    check_family(model, name, type(eraser))
     for concept in (*request.target, *request.anchor, *request.retain):
         for prompt in concept.prompts if concept else ():
             model.check_prompt(prompt)
     for path, _ in model.network.named_parameters():
         if not bool(model.weight(path).isfinite().all()):
             raise InputError(f"base {model.name!r} holds values in {path} that are not finite; take another copy of it")
+
+
+def check_family(model: Generator, name: str, method: type[Eraser]) -> None:
+    """Raise InputError for a method that does not edit models of this family."""
+    if model.family not in method.families:
+        legal = ", ".join(sorted(method.families))
+        raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
 
 
 def logged(run: Run, rows: list[dict[str, Any]]) -> Run:

@@ -1,0 +1,143 @@
+"""Plans against what really happens: artifacts that were written, memory that was measured, models as published."""
+
+import json
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from expunge.core.eraser import Run
+from expunge.core.errors import InputError
+from expunge.core.registry import catalogue, find
+from expunge.stages import artifact
+from expunge.stages.erase import erase
+from expunge.stages.export import export
+from expunge.stages.plan import plan
+
+from .measured_peak import planned
+
+TOYS = {"unet": "tiny-unet", "mmdit": "tiny-flux"}
+SHORT = {"steps": 2, "walk": 2, "pool": 2, "pictures": 2, "batch": 1}
+EACH = [
+    pytest.param(method, TOYS[family], id=f"{method}-{family}")
+    for method in sorted(catalogue("methods"))
+    for family in sorted(find("methods", method).families & set(TOYS))
+]
+TOLERANCE = 0.15
+"""How far the measured peak may lie from the planned one: allocators round, kernels have scratch space."""
+
+
+def brief(method):
+    return {key: value for key, value in SHORT.items() if key in find("methods", method).__dataclass_fields__}
+
+
+@pytest.mark.parametrize(("method", "model"), EACH)
+def test_a_plan_says_what_is_then_written(method, model, tmp_path):
+    """Names, shapes, dtypes and the size of the file to the byte, for every method on each of its families."""
+    found = plan(model, method, brief(method))
+    made = artifact.load(erase(planned(model, method, brief(method)), tmp_path, Run(), recorded=False))
+    tensors = made.patch.tensors()
+    stored = {entry.name: (entry.shape, entry.dtype) for entry in found.stored}
+    real = {name: (tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")) for name, tensor in tensors.items()}
+    assert found.kind == made.card.patch.kind and found.family == made.card.base.family
+    if not found.exact:  # sizes that follow from data: names and types still hold
+        assert {name: kind for name, (_, kind) in stored.items()} == {name: kind for name, (_, kind) in real.items()}
+        return
+    assert {name: stored[name] for name in real} == real
+    if set(stored) == set(real):
+        assert found.artifact == made.card.patch.bytes
+        assert [site.path for site in found.sites] == sorted(made.card.patch.layers)
+        assert found.share == pytest.approx(made.card.patch.share)
+    else:  # what did not move is left out; a plan cannot know that
+        assert method not in ("uce", "rece", "project") and found.artifact > made.card.patch.bytes
+
+
+def test_exports_have_the_planned_size(tmp_path):
+    found = plan("tiny-unet", "uce", {}, rank=4)
+    erase(planned("tiny-unet", "uce", {}), tmp_path, Run(), recorded=False)
+    assert [entry.format for entry in found.exports] == ["lora", "kohya", "comfy-diff", "merged", "pipeline"]
+    for entry in found.exports[:3]:
+        rank = 4 if entry.rank else None
+        real = export(tmp_path, entry.format, tmp_path / f"{entry.format}.safetensors", rank=rank).bytes
+        assert not entry.at_most and 0 < real - entry.bytes < 10_000  # the header
+
+
+def test_a_rank_that_is_not_known_is_a_bound():
+    lora = plan("tiny-unet", "uce").exports[0]
+    assert lora.at_most and lora.rank == 32  # no matrix of the toy has more
+    assert plan("tiny-flux", "uce").exports == () and plan("tiny-unet", "dve").exports == ()
+
+
+@pytest.mark.parametrize(
+    ("model", "count", "width", "parameters"), [("sd-1.4", 32, 768, 19_169_280), ("sdxl", 140, 2048, 340_787_200)]
+)
+def test_uce_on_published_unets(model, count, width, parameters):
+    found = plan(model, "uce")
+    assert len(found.sites) == count and {site.shape[1] for site in found.sites} == {width}
+    assert Counter(site.path.split(".")[-2] for site in found.sites) == {"to_k": count // 2, "to_v": count // 2}
+    assert found.parameters == parameters
+    assert found.artifact == pytest.approx(4 * parameters, rel=1e-3)
+    assert found.exact and found.kind == "weights"
+    assert found.erasing.trainable == 0 and found.erasing.total > found.erasing.weights
+
+
+@pytest.mark.parametrize(("model", "width", "pooled"), [("sd3.5-medium", 1536, 2048), ("flux.1-dev", 3072, 768)])
+def test_uce_on_published_mmdits(model, width, pooled):
+    found = plan(model, "uce", dtype="bfloat16")
+    assert {site.path: site.shape for site in found.sites} == {
+        "transformer.context_embedder.weight": (width, 4096),
+        "transformer.time_text_embed.text_embedder.linear_1.weight": (width, pooled),
+    }
+    assert found.artifact == pytest.approx(4 * width * (4096 + pooled), rel=1e-3)  # deltas of bfloat16 are float32
+
+
+def test_training_on_a_published_model():
+    """ESD-x on SD 1.4: weights once, 80 matrices and biases as masters, Adam's two moments, and activations."""
+    found = plan("sd-1.4", "esd", {"group": "cross_attention", "pool": 16})
+    assert len(found.sites) == 80 and found.parameters == 43_962_560
+    assert found.erasing.weights == pytest.approx(4 * 1_066_235_307, rel=1e-4)
+    assert found.erasing.trainable == 4 * found.parameters
+    assert found.erasing.optimizer == pytest.approx(2 * found.erasing.trainable, rel=1e-4)
+    assert found.erasing.rest > 1e9
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peak memory is reset through Linux' /proc")
+@pytest.mark.parametrize("method", ["uce", "esd"])
+def test_planned_memory_is_what_an_erasure_takes(method, tmp_path):
+    """Resident memory of a whole `erase` of its own process, over what the libraries took before."""
+    options = {key: value for key, value in brief(method).items() if key in ("steps", "walk")} | (
+        {"steps": 3} if method != "uce" else {}
+    )
+    script = Path(__file__).parent / "measured_peak.py"
+    words = [sys.executable, str(script), "emoji-unet", method, json.dumps(options), str(tmp_path)]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    measured = int(done.stdout.splitlines()[-1])
+    assert measured == pytest.approx(plan("emoji-unet", method, options).peak, rel=TOLERANCE)
+
+
+def test_more_to_train_and_wider_types_take_more():
+    narrow, wide = (plan("tiny-unet", "esd", {**brief("esd"), "group": group}) for group in ("cross_kv", "all"))
+    assert narrow.peak < wide.peak and len(narrow.sites) < len(wide.sites)
+    half = plan("tiny-unet", "uce", dtype="bfloat16")
+    assert 2 * half.erasing.weights == pytest.approx(plan("tiny-unet", "uce").erasing.weights, rel=0.01)
+
+
+def test_rank_of_a_low_rank_method():
+    small, large = (plan("tiny-flux", "erase_anything", {**brief("erase_anything"), "rank": rank}) for rank in (2, 4))
+    assert [entry.shape[0] for entry in small.stored if entry.name.endswith("lora_A.weight")] == [2] * 4
+    assert len(small.sites) == len(large.sites) == 4 and small.kind == "low_rank"
+    assert small.artifact < large.artifact
+
+
+def test_what_cannot_be_planned():
+    with pytest.raises(InputError, match="method 'mace' edits unet; model 'tiny-flux' is of family 'mmdit'"):
+        plan("tiny-flux", "mace")
+    with pytest.raises(InputError, match="unknown method 'usd'"):
+        plan("tiny-unet", "usd")
+    with pytest.raises(InputError, match="has no field 'ridg'"):
+        plan("tiny-unet", "uce", {"ridg": 1})
+    with pytest.raises(InputError, match="rank 0"):
+        plan("tiny-unet", "uce", rank=0)

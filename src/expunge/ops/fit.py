@@ -20,13 +20,14 @@ def fit(
     steps: int,
     lr: float | Sequence[float],
     clip: float | None = None,
+    until: Callable[[], bool] | None = None,
 ) -> None:
     """Move a student's masters down a loss with Adam at a constant step size, without weight decay.
 
     loss: gives the scalar of a step, counted from 0. lr: several step sizes take turns, as losses may. clip: bound on
-    the norm of all gradients together. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports
-    progress. Raises InputError for steps < 1 and when the loss is no longer finite; the masters then hold the last
-    finite step.
+    the norm of all gradients together. until: asked after every step, True ends the loop early. Every step logs "loss"
+    and "grad_norm" (before clipping) to the run and reports progress. Raises InputError for steps < 1 and when the loss
+    is no longer finite; the masters then hold the last finite step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
@@ -44,4 +45,18 @@ def fit(
         optimizer.step()
         run.log("loss", step, value.item())
         run.log("grad_norm", step, norm.item())
-        run.progress("fit", step + 1, steps)
+        ended = until is not None and until()
+        run.progress("fit", steps if ended else step + 1, steps)
+        if ended:
+            break
+
+
+def accumulate(parameters: Sequence[Tensor]) -> None:
+    """From now on, give every backward pass the sum of all gradients since, as a loop that never zeroes them does."""
+    for parameter in parameters:
+        total = torch.zeros_like(parameter)
+
+        def summed(grad: Tensor, total: Tensor = total) -> Tensor:
+            return total.add_(grad).clone()
+
+        parameter.register_hook(summed)

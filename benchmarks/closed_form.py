@@ -21,7 +21,8 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from benchmarks import closed_form_reference as reference
 from benchmarks.closed_form_reference import Pair, Scales
 from benchmarks.closed_form_setting import SD14, SDXL, WINDOW, Row, Shapes, machine, medians, texts, weights, worst
-from expunge.ops.ridge import SharedEdit, output_gram, residual_rows, shared_edit
+from expunge.ops.ridge import output_gram, residual_rows, shared_edit
+from expunge.patches.operator import SharedEdit
 
 RESULT = Path(__file__).parent / "results" / "closed-form.json"
 EXACT, SINGLE = 1e-10, 3e-3

@@ -10,7 +10,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from expunge.core.generator import Generator
-from expunge.ops.ridge import Gram, SharedEdit
+from expunge.ops.ridge import Gram
+from expunge.patches.operator import SharedEdit
 
 Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
 """Down and up, A "r in" and B "out r": layers differ in height."""

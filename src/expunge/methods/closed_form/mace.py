@@ -16,11 +16,11 @@ from expunge.ops.fusion import Learned, fused, refined, row_gram, row_shift, win
 from expunge.ops.levels import noised_at
 from expunge.ops.limits import at_least
 from expunge.ops.listening import CrossTap, listen, masked_attention
-from expunge.ops.ridge import SharedEdit
 from expunge.ops.scenes import Scenes, Segmenter
 from expunge.ops.student import LowRankStudent
 from expunge.ops.wording import sentences
 from expunge.patches.lowrank import product
+from expunge.patches.operator import SharedEdit
 from expunge.patches.weights import WeightPatch
 
 

@@ -111,7 +111,7 @@ class MACE(Eraser):
         change = {path: edit.delta(weight) for path, weight in sites.items()}
         if self.steps:
             near = WeightPatch(change).on(model)
-            learned = [self._adapter(model, near, *numbered, run) for numbered in enumerate(request.target)]
+            learned = (self._adapter(model, near, *numbered, run) for numbered in enumerate(request.target))
             edit, factors = fused(edit, learned, prior, self.ridge)
             change = {path: edit.delta(weight) for path, weight in sites.items()}
             change |= {path: change[path] + product(*pair) for path, pair in factors.items()}

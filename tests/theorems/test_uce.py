@@ -12,6 +12,7 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.methods.closed_form.uce import UCE
 from expunge.models.load import load
+from expunge.stages.erase import check
 
 MODES = ("uce2023", "uce2025")
 TOY = LinearToy.seeded()
@@ -202,3 +203,12 @@ def test_half_precision_weights_get_float32_deltas_and_keep_their_dtype() -> Non
     patch = UCE(ridge=0.5).erase(model, Request.of("strawberry", anchor="cat"), Run())
     assert {change.dtype for change in deltas(patch, model).values()} == {torch.float32}
     assert {site.weight.dtype for site in patch.on(model).sites("text_in")} == {torch.bfloat16}
+
+
+def test_what_reads_as_a_target_is_refused_before_anything_is_solved() -> None:
+    """Other letters, the same rows: no edit can move one and hold the other."""
+    toy = LinearToy(network=TOY.network, aliases={"feline": "cat"})
+    for request in (ask("cat", keep=("feline",)), ask("cat", "feline")):
+        with pytest.raises(InputError, match=r"'cat' .*'feline'.* read the same to 'linear-toy'"):
+            check(toy, "uce", UCE(), request)
+    check(toy, "uce", UCE(), ask("cat", keep=("bird",)))

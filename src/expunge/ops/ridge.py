@@ -8,7 +8,6 @@ With D = ridge I + sum_i gain_i k_i k_i^T the answer is W' = W + sum_i gain_i (v
 depend on W, so all layers that read the same text share one factorisation. No inverse is ever formed.
 """
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor
 from expunge.core.errors import InputError
 from expunge.patches.operator import SharedEdit
 
-# Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them.
+# Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them in.
 _CUT = 1e-10
 # Rows turned to float64 at a time: 25 MB at width 768, so that 100 000 rows need no second copy.
 _CHUNK = 4096
@@ -30,9 +29,9 @@ class Gram:
     """A factorised D = ridge I + sum_i gain_i k_i k_i^T.
 
     Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge:
-    eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged
-    where that may make them few; in a sum over many it changes nothing. moment: rows already summed up to theirs, added
-    to D.
+    eigenvectors; InputError where some are below 1e-10 of the largest, because nothing then says what their directions
+    become. Equal rows are merged where that may make them few; in a sum over many it changes nothing. moment: rows
+    already summed up to theirs, added to D.
     """
 
     def __init__(
@@ -202,8 +201,8 @@ def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > _CUT * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
     if not bool(kept.all()):
-        text = (
-            f"ridge is 0 and the rows span {int(kept.sum())} of {len(values)} directions; the others stay as they are"
+        raise InputError(
+            f"the solve is singular: without ridge (or penalty) its rows span {int(kept.sum())} of {len(values)} "
+            "directions; legal: a ridge (or penalty) above 0, or more retained rows"
         )
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return values[kept], vectors[:, kept]
+    return values, vectors

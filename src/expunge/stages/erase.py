@@ -4,11 +4,15 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expunge.core.card import Card
-from expunge.core.concept import Request
+from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
@@ -17,6 +21,9 @@ from expunge.stages import _certificates, _files, artifact
 from expunge.stages._provenance import code, source_of
 from expunge.stages.certify import certify
 from expunge.stages.recipe import Recipe
+
+# Last rows of two prompts nearer than this are one to the text encoder: batches of float32 round otherwise.
+_SAME = 1e-5
 
 
 def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
@@ -38,13 +45,15 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
         return certified(folder, model, request, out)
     check(model, recipe.method.name, eraser, request)
     made_by = code(recorded=recorded)
+    fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     _files.sweep(out)
     (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
     recipe.write(out / "recipe.toml")
     log: list[dict[str, Any]] = []
     start = time.monotonic()
-    patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
+    with _withdrawn(out, fresh):
+        patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
     artifact.save(
         folder,
         patch,
@@ -64,6 +73,18 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     return certified(folder, model, request, out)
 
 
+@contextmanager
+def _withdrawn(out: Path, fresh: bool) -> Iterator[None]:
+    """Leave no recipe, and no folder that was not there, of what a method refused."""
+    try:
+        yield
+    except InputError:
+        (out / "recipe.toml").unlink(missing_ok=True)
+        if fresh:
+            out.rmdir()
+        raise
+
+
 def certified(folder: Path, model: Generator, request: Request, out: Path) -> Path:
     """Write certificates.json about the saved artifact unless it is there; return the artifact folder."""
     if not (out / _certificates.FILE).is_file():
@@ -76,12 +97,39 @@ def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None
     if model.family not in eraser.families:
         legal = ", ".join(sorted(eraser.families))
         raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
+    forms = ("{}", *getattr(eraser, "templates", ()))  # the encoder must not cut the sentences of a method either
     for concept in (*request.target, *request.anchor, *request.retain):
         for prompt in concept.prompts if concept else ():
-            model.check_prompt(prompt)
+            for form in forms:
+                _check_sentence(model, concept, form.replace("{}", prompt))
     for path, _ in model.network.named_parameters():
         if not bool(model.weight(path).isfinite().all()):
             raise InputError(f"base {model.name!r} holds values in {path} that are not finite; take another copy of it")
+    _check_apart(model, request)
+
+
+def _check_sentence(model: Generator, concept: Concept | None, text: str) -> None:
+    try:
+        model.check_prompt(text)
+    except InputError as error:
+        raise InputError(f"concept {concept.name if concept else ''!r}: {error}") from None
+
+
+def _check_apart(model: Generator, request: Request) -> None:
+    """Refuse a target that the text encoder reads as another target or a retained concept, whatever their letters."""
+    others = [*((c, "target") for c in request.target), *((c, "retained concept") for c in request.retain)]
+    prompts = [(concept, role, prompt) for concept, role in others for prompt in concept.prompts]
+    parts = [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
+    rows = torch.cat([model.encode([prompt for _, _, prompt in part]).subject for part in parts]).double()
+    for i, (target, role, prompt) in enumerate(prompts):
+        if role == "target":
+            apart = (rows - rows[i]).norm(dim=1) / rows[i].norm()
+            for other, whose, same in (prompts[j] for j in (apart < _SAME).nonzero().flatten().tolist()):
+                if other is not target:
+                    raise InputError(
+                        f"target {target.name!r} ({prompt!r}) and {whose} {other.name!r} ({same!r}) read the same to "
+                        f"{model.name!r}: nothing parts them; name one of them"
+                    )
 
 
 def logged(run: Run, rows: list[dict[str, Any]]) -> Run:

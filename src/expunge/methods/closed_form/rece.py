@@ -11,7 +11,7 @@ from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
-from expunge.ops.limits import at_least
+from expunge.ops.limits import at_least, naming
 from expunge.ops.ridge import output_gram, residual_rows, shared_edit
 from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.operator import SharedEdit
@@ -87,9 +87,10 @@ class RECE(Eraser):
         for route in sorted({site.reads for site in sites}):
             mine = [site for site in sites if site.reads == route]
             held = torch.cat(prompt_rows(kept, route, "window"))
-            start = self._edit(row_pairs(target, anchor, route, "tail"), held, start=True)
             pairs = row_pairs(target, anchor, route, self.rows)
-            edits[route] = self._alternate(start, pairs, held, [site.weight for site in mine], run)
+            with naming(request.target):
+                start = self._edit(row_pairs(target, anchor, route, "tail"), held, start=True)
+                edits[route] = self._alternate(start, pairs, held, [site.weight for site in mine], run)
         targets = tuple(concept.name for concept in request.target)
         return SharedPatch.of([Part(targets=targets, edits=edits, bound=True)], model)
 

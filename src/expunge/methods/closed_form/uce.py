@@ -12,6 +12,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Family, Generator
 from expunge.ops.equations import Ask, Pairs, erasures, solve
+from expunge.ops.limits import naming
 from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
@@ -79,9 +80,12 @@ class UCE(Eraser):
             rows = torch.cat([*held, pairs[0][0][:0]])
             asks[route] = Ask(self._by_concept(pairs, request), self.strength, rows, self._hold(len(retained)))
         if self.technique == "tensor":
-            return self._by_layer(sites, asks, run)
+            with naming(request.target):
+                return self._by_layer(sites, asks, run)
         said = {"retain": sorted(retained), "weight": self._hold(len(retained)), "ridge": self.ridge, "rows": self.mode}
-        return SharedPatch.of(erasures(asks, self.ridge, said), model)
+        with naming(request.target):
+            parts = erasures(asks, self.ridge, said)
+        return SharedPatch.of(parts, model)
 
     def _hold(self, prompts: int) -> float:
         if self.retain_weight is not None:

@@ -67,6 +67,8 @@ class Eraser(ABC):
     """False where the method has no destination to send a target to, so a request's anchors do nothing."""
     uses_retain: ClassVar[bool] = True
     """False where the method has no term for retained concepts, so naming them does nothing."""
+    composes: ClassVar[bool] = False
+    """True where the change is one operator for all layers, stored as factors: others can follow it or be undone."""
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Contract checks that do not apply, by name, with the reason."""
 

@@ -23,7 +23,7 @@ from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _card as _card_file
-from expunge.stages import _files
+from expunge.stages import _chain, _files
 from expunge.stages._provenance import Code, Source, hash_tensors, provenance, sampler_settings
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
@@ -137,6 +137,8 @@ def save(
     """
     tensors = patch.tensors()
     card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, made_by))
+    if isinstance(patch, SharedPatch) and any(part.facts for part in patch.parts):
+        card = _chain.merged(card, patch)
     blob = serialize(tensors, _header(card))
     card = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob)))
     with _files.whole_folder(folder) as part:
@@ -206,6 +208,30 @@ def restore(card: Card, tensors: Mapping[str, Tensor]) -> Patch:
     return stored[card.patch.kind].restore(tensors, card.patch.meta)
 
 
+def said(model: Generator, job: Job) -> dict[str, Any]:
+    """Give what the card of a job says about the method and the request, and its seed."""
+    method = type(job.eraser)
+    return {
+        "method": job.method,
+        "paper": method.paper,
+        "description": (inspect.getdoc(method) or "").partition("\n")[0],
+        "config": json.loads(json.dumps(dataclasses.asdict(job.eraser))),
+        "given": tuple(sorted(job.given)),
+        "target": job.request.target,
+        "anchor": job.request.anchor,
+        "retain": job.request.retain,
+        "seed": job.seed,
+        "claims": {
+            **method.claims,
+            "reconstruction": method.reconstruction,
+            "uses_anchor": method.uses_anchor,
+            "uses_retain": job.eraser.retains,
+            # such a base has no unconditional pass: the prediction under "" at scale 1 stood for it
+            **({"guidance_distilled": True} if _distilled(model) else {}),
+        },
+    }
+
+
 def _header(card: Card) -> dict[str, str]:
     """What the patch file says about itself; the card's hash leaves out hash and size of this very file."""
     bare = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256="", bytes=0))
@@ -226,18 +252,10 @@ def _run(model: Generator, job: Job) -> dict[str, object]:
 
 
 def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Job, source: Source, run: Any) -> Card:
-    method = type(job.eraser)
     layers = changes(model, patch)
     sizes = {name: weight.numel() for name, weight in model.network.named_parameters()}
     return Card(
-        method=job.method,
-        paper=method.paper,
-        description=(inspect.getdoc(method) or "").partition("\n")[0],
-        config=json.loads(json.dumps(dataclasses.asdict(job.eraser))),
-        given=tuple(sorted(job.given)),
-        target=job.request.target,
-        anchor=job.request.anchor,
-        retain=job.request.retain,
+        **{key: value for key, value in said(model, job).items() if key != "seed"},
         base=Base(
             name=source.name,
             revision=source.revision,
@@ -255,12 +273,4 @@ def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Jo
             layers=layers,
         ),
         run=run,
-        claims={
-            **method.claims,
-            "reconstruction": method.reconstruction,
-            "uses_anchor": method.uses_anchor,
-            "uses_retain": job.eraser.retains,
-            # such a base has no unconditional pass: the prediction under "" at scale 1 stood for it
-            **({"guidance_distilled": True} if _distilled(model) else {}),
-        },
     )

@@ -17,10 +17,10 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.models.load import load as load_model
-from expunge.stages import _certificates, _files, artifact
+from expunge.stages import _certificates, _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
 from expunge.stages.certify import certify
-from expunge.stages.recipe import Recipe
+from expunge.stages.recipe import Recipe, read
 
 # Last rows of two prompts nearer than this are one to the text encoder: batches of float32 round otherwise.
 _SAME = 1e-5
@@ -29,12 +29,16 @@ _SAME = 1e-5
 def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path:
     """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
+    With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
     """
     folder = out / "artifact"
     eraser, request = recipe.eraser(), recipe.request()
-    if folder.exists():
+    before = artifact.load(Path(recipe.model.on)) if recipe.model.on else None
+    if folder.exists() and before:
+        _check_recipe(artifact.load(folder), recipe, out)
+    elif folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
     run.progress(f"load {recipe.model.name}", 0, 1)
     model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype)
@@ -42,8 +46,19 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     source = source_of(model, recipe.model.name)
     if folder.exists():
         _check_base(artifact.read_card(folder), source.revision, folder)
-        return certified(folder, model, request, out)
-    check(model, recipe.method.name, eraser, request)
+        return certified(folder, model, _request(artifact.read_card(folder)), out)
+    seen = before.on(model) if before else model
+    check(seen, recipe.method.name, eraser, request)
+    job = artifact.Job(
+        method=recipe.method.name,
+        eraser=eraser,
+        given=tuple(recipe.method.options),
+        request=request,
+        seed=recipe.seed,
+    )
+    said = artifact.said(model, job)
+    if before:
+        _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
     made_by = code(recorded=recorded)
     fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
@@ -53,24 +68,18 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True) -> Path
     log: list[dict[str, Any]] = []
     start = time.monotonic()
     with _withdrawn(out, fresh):
-        patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
+        patch = eraser.erase(seen, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
     artifact.save(
         folder,
-        patch,
+        _chain.after(before.card, before.patch, said, patch) if before else patch,
         model,
-        artifact.Job(
-            method=recipe.method.name,
-            eraser=eraser,
-            given=tuple(recipe.method.options),
-            request=request,
-            seed=recipe.seed,
-        ),
+        job,
         source=source,
         made_by=made_by,
         seconds=time.monotonic() - start,
         log=log,
     )
-    return certified(folder, model, request, out)
+    return certified(folder, model, _request(artifact.read_card(folder)), out)
 
 
 @contextmanager
@@ -170,6 +179,11 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             f"{folder} holds a finished artifact of {_title(card.method, _request(card))}; asked for "
             f"{_title(recipe.method.name, request)}, which differs in {', '.join(differ)}: choose another folder"
         )
+
+
+def _check_recipe(made: artifact.Artifact, recipe: Recipe, out: Path) -> None:
+    if read(out / "recipe.toml") != recipe:
+        raise InputError(f"{made.folder} holds a finished artifact of another recipe: choose another folder")
 
 
 def _check_base(card: Card, revision: str, folder: Path) -> None:

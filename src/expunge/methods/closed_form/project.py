@@ -42,6 +42,7 @@ class Project(Eraser):
 
     paper: ClassVar[str] = "arXiv:2306.03819"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     rows: Literal["tail", "word"] = "tail"
     """Rows c of the target, each facing the anchor's. tail: from the last word to the window's end, as the network

@@ -36,6 +36,7 @@ class RECE(Eraser):
 
     paper: ClassVar[str] = "arXiv:2407.12383"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     epochs: int = 3
     """T, how often residual embeddings are found and erased; 0 is UCE. The authors': nudity 3, all unsafe words 2,

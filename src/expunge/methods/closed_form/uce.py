@@ -32,6 +32,7 @@ class UCE(Eraser):
 
     paper: ClassVar[str] = "arXiv:2308.14761"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     mode: Literal["uce2023", "uce2025"] = "uce2023"
     """uce2023, the paper's: every row from the last word to the window's end, both aligned at their last words;

@@ -113,3 +113,40 @@ def rece(
         found = [(residual(old, current, rows, penalty), goal) for rows, goal in pairs]
         current = uce_2023(current, found, kept, scales)
     return current
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """What MACE reads of one concept, "prompts rows in": sentences about it, the same about its anchor; its adapter."""
+
+    old: Tensor
+    new: Tensor
+    factors: Sequence[Pair]
+    """Down "1 in" and up "out 1" of every layer."""
+
+
+def stacked(values: Tensor, contexts: Tensor) -> Tensor:
+    """Sum over positions of values "p r out" times contexts "p r in": one product a position, all kept until summed."""
+    return (values.permute(1, 2, 0) @ contexts.permute(1, 0, 2)).sum(0)
+
+
+def mace(weights: Sequence[Tensor], concepts: Sequence[Sentences], prior: Tensor, ridge: float) -> list[Tensor]:
+    """MACE's two closed forms, layer by layer: refinement of all concepts, then fusion of their adapters.
+
+    prior: second moment of what is held, its targets those of the original weights in both.
+    """
+    edited = []
+    for layer, weight in enumerate(weights):
+        eye = torch.eye(weight.shape[1], dtype=weight.dtype)
+        top, bottom = ridge * weight + weight @ prior, ridge * eye + prior
+        for concept in concepts:
+            top = top + stacked(concept.new @ weight.T, concept.old)
+            bottom = bottom + stacked(concept.old, concept.old)
+        refined = top @ torch.linalg.inv(bottom)
+        top, bottom = ridge * refined + weight @ prior, ridge * eye + prior
+        for concept in concepts:
+            down, up = concept.factors[layer]
+            top = top + stacked(concept.old @ (refined + up @ down).T, concept.old)
+            bottom = bottom + stacked(concept.old, concept.old)
+        edited.append(top @ torch.linalg.inv(bottom))
+    return edited

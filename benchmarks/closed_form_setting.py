@@ -70,6 +70,19 @@ def medians(runs: dict[str, Callable[[], object]], n: int) -> dict[str, float]:
     return {name: median(found) for name, found in spent.items()}
 
 
+def peak_extra(run: Callable[[], object]) -> int:
+    """Bytes by which a call raises this process's resident memory at its highest; Linux counts them."""
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
+    before = _status("VmRSS")
+    run()
+    return _status("VmHWM") - before
+
+
+def _status(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith(f"{key}:"))
+
+
 def worst(found: Sequence[Tensor], expected: Sequence[Tensor]) -> float:
     """Largest relative Frobenius error over layers."""
     pairs = zip(found, expected, strict=True)

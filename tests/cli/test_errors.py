@@ -11,6 +11,7 @@ import pytest
 from expunge.cli.app import run
 
 ERASE = ("erase", "tiny-unet", "--target", "cat", "--method", "uce")
+RECE, MACE = (("erase", "tiny-unet", "--target", "cat", "--method", name, "--set") for name in ("rece", "mace"))
 BAD = {
     "unknown method": (("erase", "tiny-unet", "--target", "cat", "--method", "usd"), "usd", "uce"),
     "unknown model": (("erase", "tiny-net", "--target", "cat", "--method", "uce"), "tiny-net", "tiny-unet"),
@@ -31,6 +32,25 @@ BAD = {
         ("generate", "tiny-unet", "--prompt", "<|endoftext|>"),
         "endoftext",
         "not know",
+    ),
+    "no ridge and too few rows": ((*ERASE, "--set", "ridge=0", "--set", "mode=uce2025"), "erase 'cat'", "singular"),
+    "no ridge in rece": ((*RECE, "start_ridge=0", "--set", "start_retain_weight=0"), "erase 'cat'", "singular"),
+    "no ridge in mace": (
+        (*MACE, "ridge=0", "--set", "steps=0", "--set", "prior_weight=0", "--set", "templates=the {}"),
+        "erase 'cat'",
+        "singular",
+    ),
+    "a prompt of two targets": ((*ERASE, "--target", "dog | cat"), "'dog'", "share the prompt 'cat'"),
+    "a prompt of target and retained": ((*ERASE, "--retain", "dog | cat"), "'dog'", "share the prompt 'cat'"),
+    "target within what project holds": (
+        ("erase", "tiny-unet", "--target", "cat", "--method", "project", "--set", "min_share=2"),
+        "concept 'cat' lies within what is held",
+        "retain less",
+    ),
+    "sentence beyond the window": (
+        ("erase", "tiny-unet", "--target", "cat", "--method", "uce", "--set", "templates=" + "a " * 40 + "{}"),
+        "concept 'cat'",
+        "tokens",
     ),
     "phrase beyond the window": (("erase", "tiny-unet", "--target", "cat " * 40, "--method", "uce"), "cat", "token"),
 }
@@ -91,6 +111,19 @@ def test_truncated_weights_of_a_model(tmp_path: Path, expunge) -> None:
     words = ("erase", tmp_path / "model", "--target", "cat", "--method", "uce", "--out", tmp_path / "out")
     complaint = expunge(*words).complaint()
     assert file.name in complaint and "truncated" in complaint
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", ["unet", "text_encoder"])
+def test_weights_that_hold_nan(part: str, tmp_path: Path, expunge) -> None:
+    from expunge.models.tiny import tiny_pipeline
+
+    pipeline = tiny_pipeline("tiny-unet")
+    next(getattr(pipeline, part).parameters()).data.view(-1)[0] = float("nan")
+    pipeline.save_pretrained(tmp_path / "model")
+    words = ("erase", tmp_path / "model", "--target", "cat", "--method", "uce", "--out", tmp_path / "out")
+    complaint = expunge(*words).complaint()
+    assert f"in {part}." in complaint and "not finite" in complaint
     assert not (tmp_path / "out").exists()
 
 

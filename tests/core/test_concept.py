@@ -71,3 +71,12 @@ def test_request_refuses_to_name_a_concept_twice():
     with pytest.raises(InputError, match=r"retained concept 'dog ' is named twice"):
         Request.of("cat", retain=["dog", "car", "dog "])
     assert len(Request.of("cat", anchor="dog", retain=["dog", "car"]).retain) == 2
+
+
+def test_a_prompt_belongs_to_one_concept():
+    kitty = Concept(name="kitty", prompts=("kitten", " CAT"))
+    with pytest.raises(InputError, match="target 'kitty' and target 'cat' share the prompt ' CAT'"):
+        Request(target=(CAT, kitty), anchor=(None, None))
+    with pytest.raises(InputError, match="target 'cat' and retained concept 'kitty' share the prompt 'cat'"):
+        Request(target=(CAT,), anchor=(None,), retain=(kitty,))
+    assert Request(target=(kitty,), anchor=(None,), retain=(DOG,)).target == (kitty,)

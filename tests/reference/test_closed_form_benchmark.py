@@ -1,9 +1,11 @@
 """The benchmark's reference at small shapes in float64: equal to the row-by-row loops and to the engine to 1e-10."""
 
+from collections.abc import Sequence
+
 import torch
 from benchmarks import closed_form, closed_form_reference
-from benchmarks.closed_form_reference import Scales
-from benchmarks.closed_form_setting import texts, weights, worst
+from benchmarks.closed_form_reference import Scales, Sentences
+from benchmarks.closed_form_setting import peak_extra, texts, weights, worst
 from uce_loops import Text, edit_2023, edit_2025
 
 SHAPES = (24, [10, 20, 40])
@@ -44,3 +46,35 @@ def test_rece_equals_engine() -> None:
     assert worst(closed_form.applied(OLD, mine), found) < 1e-10
     short = closed_form.rece(OLD, begin, pairs, kept, SCALES, penalty=0.1, epochs=2)
     assert worst(closed_form.applied(OLD, short), found) > 1e-6
+
+
+def test_mace_equals_its_normal_equations_and_the_engine() -> None:
+    concepts = [closed_form.other(c, torch.Tensor.double) for c in closed_form.sentences(SHAPES, 3, 2)]
+    prior, ridge = ROWS[0].T @ ROWS[0], 0.5
+    found = closed_form_reference.mace(OLD, concepts, prior, ridge)
+    for layer, (old, new) in enumerate(zip(OLD, found, strict=True)):
+        only = [closed_form.other(c, torch.Tensor.double, [layer]) for c in concepts]
+        middle = _refined(old, concepts, prior, ridge)
+        rest = ridge * (new - middle) + (new - old) @ prior
+        for concept in only:
+            (down, up), rows = concept.factors[0], concept.old.flatten(0, 1)
+            rest = rest + (new - middle - up @ down) @ rows.T @ rows
+        assert rest.norm() < 1e-9 * (new @ prior).norm()
+    mine = [weight.clone() for weight in OLD]
+    closed_form.fused_into(mine, closed_form.mace(concepts, prior, ridge))
+    assert worst(mine, found) < 1e-10
+    short = [weight.clone() for weight in OLD]
+    closed_form.fused_into(short, closed_form.mace(concepts[:2], prior, ridge))
+    assert worst(short, found) > 1e-6
+
+
+def _refined(old: torch.Tensor, concepts: Sequence[Sentences], prior: torch.Tensor, ridge: float) -> torch.Tensor:
+    rows, goals = (torch.cat([getattr(c, side).flatten(0, 1) for c in concepts]) for side in ("old", "new"))
+    eye = torch.eye(old.shape[1], dtype=old.dtype)
+    right = ridge * old + old @ prior + (goals @ old.T).T @ rows
+    return torch.linalg.solve(ridge * eye + prior + rows.T @ rows, right.T).T
+
+
+def test_peak_memory_sees_what_is_allocated() -> None:
+    assert peak_extra(lambda: torch.ones(2**24)) > 60e6
+    assert peak_extra(lambda: None) < 20e6

@@ -10,7 +10,10 @@ from torch import Tensor, nn
 
 from expunge.core.condition import Condition
 from expunge.core.errors import InputError
-from expunge.core.generator import EditSite, Family, Group, State
+from expunge.core.generator import EditSite, Family, Generator, Group, State
+from expunge.core.patch import Patch
+from expunge.patches.shared import SharedPatch
+from expunge.patches.weights import WeightPatch
 
 CROSS, SELF = "unet.cross.weight", "unet.self.weight"
 
@@ -113,6 +116,13 @@ class LinearToy:
 
     def as_eps(self, state: State, pred: Tensor) -> Tensor:
         return pred
+
+
+def deltas(patch: Patch, model: Generator) -> Mapping[str, Tensor]:
+    """What a closed-form patch adds to a model's weights, by path; layers that stay are left out."""
+    plain = patch.materialised(model) if isinstance(patch, SharedPatch) else patch
+    assert isinstance(plain, WeightPatch)
+    return plain.deltas
 
 
 def _normal(key: tuple[str, ...], width: int) -> Tensor:

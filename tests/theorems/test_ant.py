@@ -10,10 +10,10 @@ from expunge.methods.finetune.ant import ANT
 from expunge.models.load import load
 from expunge.ops import fit as fitting
 from expunge.ops.fusion import fused, window_gram
-from expunge.ops.ridge import SharedEdit
 from expunge.ops.saliency import common
 from expunge.ops.student import Student
 from expunge.patches.lowrank import product
+from expunge.patches.operator import SharedEdit
 
 BRIEF = {"steps": 2, "pool": 8, "walk": 4, "maps": 1, "draws": 1, "batch": 8}
 BERRY = Request.of("strawberry")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from linear_toy import deltas as changes
 from torch import Tensor
 from torch.nn.functional import linear
 
@@ -60,12 +61,12 @@ def test_uce_holds_what_it_retains_bias_or_not(model: Generator) -> None:
     for site in edited.sites("text_in"):
         kept, old = inputs(model, "guitar")[site.reads], model.weight(site.path)
         assert (kept @ (site.weight - old).T).norm() < 1e-3 * (kept @ old.T).norm()
-    assert UCE(strength=0.0).erase(model, BERRY, Run()).deltas == {}
+    assert changes(UCE(strength=0.0).erase(model, BERRY, Run()), model) == {}
 
 
 def test_a_route_left_open_is_seen(model: Generator) -> None:
     """Both routes edited, the target's prediction is the anchor's; with either one left as it was, it is not."""
-    deltas, state = EXACT.erase(model, BERRY, Run()).deltas, some_state(model)
+    deltas, state = changes(EXACT.erase(model, BERRY, Run()), model), some_state(model)
     target, anchor = model.encode(["strawberry"]), model.encode(["cat"])
     goal, size = model.predict(state, anchor), len(deltas)
 
@@ -85,7 +86,7 @@ def test_all_modes_of_uce_edit_both_routes(model: Generator) -> None:
         UCE(technique="tensor", ridge=0.5),
         UCE(templates=("{}", "image of {}"), ridge=0.5),
     ):
-        found = method.erase(model, BERRY, Run()).deltas
+        found = changes(method.erase(model, BERRY, Run()), model)
         assert {path.rpartition(".")[0].rpartition(".")[2] for path in found} == {"context_embedder", "linear_1"}
 
 

@@ -17,11 +17,12 @@ from expunge.ops.alignment import surroundings
 from expunge.ops.fusion import Factors, fused, refined, row_gram, row_shift
 from expunge.ops.levels import noised_at, plateau
 from expunge.ops.listening import listen, masked_attention
-from expunge.ops.ridge import SharedEdit, shared_edit
+from expunge.ops.ridge import shared_edit
 from expunge.ops.scenes import Segmenter
 from expunge.ops.student import LowRankStudent
 from expunge.ops.wording import Shown, sentences
 from expunge.patches.lowrank import product
+from expunge.patches.operator import SharedEdit
 
 F64 = torch.float64
 WIDTH = 10

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_toy import CROSS, LinearToy
+from linear_toy import CROSS, LinearToy, deltas
 from torch import Tensor, nn
 
 from expunge.core.concept import Concept, Request
@@ -45,7 +45,7 @@ def project(**words: Any) -> Project:
 
 
 def weight(method: Eraser, request: Request, toy: LinearToy = TOY) -> Tensor:
-    return toy.weight(CROSS) + method.erase(toy, request, Run()).deltas[CROSS]
+    return toy.weight(CROSS) + deltas(method.erase(toy, request, Run()), toy)[CROSS]
 
 
 def tail(prompt: str) -> Tensor:
@@ -285,5 +285,5 @@ def test_templates_erase_and_hold_the_phrases_they_make() -> None:
 def test_half_precision_weights_get_float32_deltas_and_keep_their_dtype() -> None:
     model = load("tiny-unet", dtype=torch.bfloat16)
     patch = project().erase(model, Request.of("strawberry", anchor="cat"), Run())
-    assert {change.dtype for change in patch.deltas.values()} == {torch.float32}
+    assert {change.dtype for change in deltas(patch, model).values()} == {torch.float32}
     assert {site.weight.dtype for site in patch.on(model).sites("text_in")} == {torch.bfloat16}

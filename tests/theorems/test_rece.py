@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_toy import CROSS, LinearToy
+from linear_toy import CROSS, LinearToy, deltas
 from torch import Tensor
 
 from expunge.core.concept import Concept, Request
@@ -15,7 +15,8 @@ from expunge.core.errors import InputError
 from expunge.methods.closed_form.rece import RECE
 from expunge.methods.closed_form.uce import UCE
 from expunge.models.load import load
-from expunge.ops.ridge import SharedEdit, output_gram, residual_rows, shared_edit
+from expunge.ops.ridge import output_gram, residual_rows, shared_edit
+from expunge.patches.operator import SharedEdit
 
 F64 = torch.float64
 TOY = LinearToy.seeded()
@@ -32,7 +33,7 @@ def ask(*prompts: str, to: str | None = "dog", keep: Sequence[str] = ()) -> Requ
 
 def weight(method: RECE | UCE, request: Request, toy: LinearToy = TOY) -> Tensor:
     old = toy.weight(CROSS)
-    return old + method.erase(toy, request, Run()).deltas.get(CROSS, torch.zeros_like(old))
+    return old + deltas(method.erase(toy, request, Run()), toy).get(CROSS, torch.zeros_like(old))
 
 
 def rece(**words: Any) -> RECE:
@@ -130,11 +131,11 @@ def test_edits_one_after_the_other_are_one_edit() -> None:
 @pytest.mark.parametrize("name", ["tiny-unet", "tiny-sd3"])
 def test_no_epoch_is_uce_and_one_is_not(name: str) -> None:
     model, request = load(name), Request.of("strawberry", anchor="cat", retain=("car",))
-    plain = UCE(retain_weight=1.0, ridge=0.5).erase(model, request, Run()).deltas
-    start = RECE(epochs=0, **START).erase(model, request, Run()).deltas
+    plain = deltas(UCE(retain_weight=1.0, ridge=0.5).erase(model, request, Run()), model)
+    start = deltas(RECE(epochs=0, **START).erase(model, request, Run()), model)
     assert plain.keys() == start.keys() == {site.path for site in model.sites("text_in")}
     assert all(torch.equal(plain[path], start[path]) for path in plain)
-    one = rece().erase(model, request, Run()).deltas
+    one = deltas(rece().erase(model, request, Run()), model)
     assert all(not torch.equal(plain[path], one[path]) for path in plain)
 
 
@@ -146,7 +147,7 @@ def test_two_epochs_equal_a_loop_over_layers(pull: str, rows: str) -> None:
     request = Request.of("strawberry", anchor="cat", retain=("car",))
     method = rece(epochs=2, pull=pull, rows=rows)
     old = {site.path: site.weight.double() for site in model.sites("text_in")}
-    delta = UCE(retain_weight=1.0, ridge=0.5).erase(model, request, Run()).deltas
+    delta = deltas(UCE(retain_weight=1.0, ridge=0.5).erase(model, request, Run()), model)
     new = {path: w + delta[path].double() for path, w in old.items()}
     texts = model.encode(["strawberry", "cat", "", "car"])
     (c, goal), held = texts.tokens[:2].double(), texts.tokens[2:].double().flatten(0, 1)
@@ -161,10 +162,12 @@ def test_two_epochs_equal_a_loop_over_layers(pull: str, rows: str) -> None:
         for path, w in new.items():
             top = 0.1 * w + (goal @ w.T).T @ e + 0.1 * (held @ w.T).T @ held
             new[path] = top @ torch.linalg.inv(d)
-    found = method.erase(model, request, Run()).deltas
+    found = deltas(method.erase(model, request, Run()), model)
     for path, w in old.items():  # UCE's deltas are stored in float32, which is all that parts them
         torch.testing.assert_close(w + found[path].double(), new[path], rtol=0, atol=2e-5 * float(new[path].norm()))
-    other = rece(epochs=2, pull="anchor" if pull == "zero" else "zero", rows=rows).erase(model, request, Run()).deltas
+    other = deltas(
+        rece(epochs=2, pull="anchor" if pull == "zero" else "zero", rows=rows).erase(model, request, Run()), model
+    )
     assert any((other[path] - found[path]).norm() > 1e-3 * found[path].norm() for path in old)
 
 
@@ -205,8 +208,8 @@ def test_an_epoch_brings_the_residual_nearer_to_the_anchor() -> None:
 @pytest.mark.parametrize("epochs", [0, 1, 3])
 def test_nothing_asked_changes_nothing(epochs: int) -> None:
     request = ask("cat", keep=["car"])
-    assert rece(epochs=epochs, strength=0.0).erase(TOY, request, Run()).deltas == {}
-    assert rece(epochs=epochs, strength=1e-3).erase(TOY, request, Run()).deltas != {}
+    assert deltas(rece(epochs=epochs, strength=0.0).erase(TOY, request, Run()), TOY) == {}
+    assert deltas(rece(epochs=epochs, strength=1e-3).erase(TOY, request, Run()), TOY) != {}
 
 
 def test_anchor_that_reads_as_the_target_changes_nothing_only_if_the_residual_is_drawn_to_it() -> None:
@@ -265,7 +268,7 @@ def test_both_routes_of_an_mmdit_are_alternated() -> None:
     sites = {site.path: site.reads for site in model.sites("text_in")}
     assert set(sites.values()) == {"tokens", "pooled"}
     request = Request.of("strawberry", anchor="cat")
-    zero, one = (rece(epochs=epochs).erase(model, request, Run()).deltas for epochs in (0, 1))
+    zero, one = (deltas(rece(epochs=epochs).erase(model, request, Run()), model) for epochs in (0, 1))
     for path, route in sites.items():
         assert not torch.equal(zero[path], one[path]), route
 

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from linear_toy import CROSS, LinearToy
+from linear_toy import CROSS, LinearToy, deltas
 from torch import Tensor
 
 from expunge.core.concept import Concept, Request
@@ -12,6 +12,7 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.methods.closed_form.uce import UCE
 from expunge.models.load import load
+from expunge.stages.erase import check
 
 MODES = ("uce2023", "uce2025")
 TOY = LinearToy.seeded()
@@ -24,7 +25,7 @@ def ask(*prompts: str, to: str | None = "dog", keep: Sequence[str] = ()) -> Requ
 
 
 def delta(method: UCE, request: Request) -> Tensor:
-    found = method.erase(TOY, request, Run()).deltas
+    found = deltas(method.erase(TOY, request, Run()), TOY)
     return found.get(CROSS, torch.zeros_like(TOY.weight(CROSS)))
 
 
@@ -58,16 +59,15 @@ def test_anchor_that_reads_as_the_target_changes_nothing(
 ) -> None:
     toy = LinearToy(network=TOY.network, aliases={"feline": "cat"})
     method = UCE(mode=mode, strength=strength, retain_weight=retain_weight, ridge=ridge)
-    assert method.erase(toy, ask("cat", to="feline"), Run()).deltas == {}
-    assert method.erase(toy, ask("cat", to="dog"), Run()).deltas != {}
+    assert deltas(method.erase(toy, ask("cat", to="feline"), Run()), toy) == {}
+    assert deltas(method.erase(toy, ask("cat", to="dog"), Run()), toy) != {}
 
 
 @pytest.mark.parametrize("mode", MODES)
 def test_strength_zero_changes_nothing_whatever_is_retained(mode: str) -> None:
     for weight in (0.1, 10.0):
-        assert (
-            UCE(mode=mode, strength=0.0, retain_weight=weight).erase(TOY, ask("cat", keep=["car"]), Run()).deltas == {}
-        )
+        method = UCE(mode=mode, strength=0.0, retain_weight=weight)
+        assert deltas(method.erase(TOY, ask("cat", keep=["car"]), Run()), TOY) == {}
     assert delta(UCE(mode=mode, strength=0.1, ridge=0.5), ask("cat")).norm() > 1e-3
 
 
@@ -201,5 +201,14 @@ def test_retain_weight_follows_the_authors_rule() -> None:
 def test_half_precision_weights_get_float32_deltas_and_keep_their_dtype() -> None:
     model = load("tiny-unet", dtype=torch.bfloat16)
     patch = UCE(ridge=0.5).erase(model, Request.of("strawberry", anchor="cat"), Run())
-    assert {change.dtype for change in patch.deltas.values()} == {torch.float32}
+    assert {change.dtype for change in deltas(patch, model).values()} == {torch.float32}
     assert {site.weight.dtype for site in patch.on(model).sites("text_in")} == {torch.bfloat16}
+
+
+def test_what_reads_as_a_target_is_refused_before_anything_is_solved() -> None:
+    """Other letters, the same rows: no edit can move one and hold the other."""
+    toy = LinearToy(network=TOY.network, aliases={"feline": "cat"})
+    for request in (ask("cat", keep=("feline",)), ask("cat", "feline")):
+        with pytest.raises(InputError, match=r"'cat' .*'feline'.* read the same to 'linear-toy'"):
+            check(toy, "uce", UCE(), request)
+    check(toy, "uce", UCE(), ask("cat", keep=("bird",)))

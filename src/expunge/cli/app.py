@@ -18,6 +18,7 @@ from expunge.cli.listing import listing
 from expunge.cli.plan import plan
 from expunge.cli.report import report
 from expunge.cli.score import score
+from expunge.cli.sequel import compose, undo
 from expunge.core.errors import InputError
 
 BAD_INPUT = 2
@@ -30,7 +31,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
 )
-for command in (demo, plan, erase, export, generate, score, report):
+for command in (demo, plan, erase, compose, undo, export, generate, score, report):
     app.command()(command)
 app.add_typer(listing, name="list")
 

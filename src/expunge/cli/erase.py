@@ -1,16 +1,17 @@
 """`expunge erase`: flags → recipe → artifact."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from json import loads
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar, cast
 
 import typer
 
 from expunge.cli.console import Out
 from expunge.cli.options import MODELS, Device, Json, OutDir, Provenance, Seed, phrases
+from expunge.cli.places import Place, place
 from expunge.core.card import Card
 from expunge.core.concept import Kind
 from expunge.core.errors import InputError
@@ -18,7 +19,7 @@ from expunge.models._names import settled
 from expunge.report import words
 
 if TYPE_CHECKING:
-    from expunge.stages.recipe import Recipe
+    from expunge.stages.recipe import ModelChoice, Recipe
 
 Word = TypeVar("Word", bound=Sequence[Any])
 Dtype = Literal["float32", "float16", "bfloat16"]
@@ -43,6 +44,10 @@ def erase(
     ] = None,
     seed: Seed = 0,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="DIR", help="Erase from what this closed-form artifact leaves; it need not name MODEL."),
+    ] = None,
     recipe: Annotated[
         Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word about what to erase.")
     ] = None,
@@ -54,7 +59,7 @@ def erase(
     json: Json = False,
 ) -> None:
     """Erase concepts from a model and write the change as an artifact."""
-    screen = Out(machine=json)
+    screen, before = Out(machine=json), place(on) if on else None
     targets, kept = ([phrases(text) for text in words or []] for words in (target, retain))
     with screen.waiting("loading torch and diffusers"):
         from expunge.stages._certificates import read as certificates
@@ -62,11 +67,12 @@ def erase(
         from expunge.stages.recipe import read
 
         if recipe is not None:
-            _alone(model, targets, method, anchor, kept, settings, seed, kind != "object", dtype != "float32")
+            _alone(model, targets, method, anchor, kept, settings, seed, on, kind != "object", dtype != "float32")
             asked = read(recipe)
         else:
             asked = build(
-                model=_named("argument MODEL", model),
+                on=before,
+                model=_named("argument MODEL", model or (before.model if before else "")),
                 targets=_named("option --target", targets),
                 anchors=anchor or [],
                 retain=kept,
@@ -77,13 +83,21 @@ def erase(
                 dtype=dtype,
             )
     folder = carry_out(screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing)
-    card = read_card(folder)
-    found = certificates(folder.parent)
+    card, found = read_card(folder), certificates(folder.parent)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json()), "certificates": [asdict(c) for c in found]})
     screen.say(outcome(card))
     for certificate in found:
         screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
+
+
+def _after(choice: "ModelChoice", before: Place) -> "ModelChoice":
+    """Let a model be erased from what an artifact leaves, in the precision it was made in."""
+    if before.one is None:
+        raise InputError(f"--on {before.model} is a model; name the folder that an erasure wrote")
+    if choice.dtype not in ("float32", before.dtype):
+        raise InputError(f"--dtype {choice.dtype}, but {before.one} was made in {before.dtype}; legal: that")
+    return replace(choice, on=str(before.one.resolve()), dtype=cast(Dtype, before.dtype))
 
 
 def _named(what: str, value: Word) -> Word:
@@ -111,6 +125,7 @@ def build(
     settings: Sequence[str],
     seed: int,
     dtype: Dtype = "float32",
+    on: Place | None = None,
 ) -> "Recipe":
     """Make a recipe of plain words; anchors are phrases in the order of the targets, "" for the unconditional.
 
@@ -124,9 +139,10 @@ def build(
     options = recipe.settings(find("methods", method), settings)
     entry = partial(recipe.ConceptEntry, kind=kind)  # what replaces a style is a style, and so are its neighbours
     sent = [entry(name=names[0], prompts=names) if (names := _anchor(text)) else None for text in anchors]
+    choice = recipe.ModelChoice(name=settled(model), dtype=dtype)
     return recipe.Recipe(
         seed=seed,
-        model=recipe.ModelChoice(name=settled(model), dtype=dtype),
+        model=_after(choice, on) if on else choice,
         method=recipe.MethodChoice(name=method, options=options),
         target=tuple(
             recipe.TargetEntry(name=names[0], kind=kind, prompts=names, anchor=anchor)

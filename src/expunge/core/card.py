@@ -20,7 +20,8 @@ class Base:
     family: str
     licence: str
     sha256: str
-    """Over family, kind of prediction and the touched base tensors, or the text encoder for guards."""
+    """Over family, kind of prediction and the touched base tensors; for guards the text encoder instead of these; for
+    shared operators that come from the text alone, over family and text encoder."""
 
 
 @dataclass(frozen=True, kw_only=True)

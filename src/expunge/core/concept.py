@@ -43,6 +43,11 @@ class Concept:
         """Tell whether two concepts share their name or their canonical prompt, ignoring case and outer spaces."""
         return _plain(self.name) == _plain(other.name) or _plain(self.phrase) == _plain(other.phrase)
 
+    def shared_prompts(self, other: "Concept") -> list[str]:
+        """List the prompts of this concept that the other has too, ignoring case and outer spaces."""
+        theirs = {_plain(prompt) for prompt in other.prompts}
+        return [prompt for prompt in self.prompts if _plain(prompt) in theirs]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Request:
@@ -50,7 +55,7 @@ class Request:
 
     `anchor[i]` is where `target[i]` is sent; None is the unconditional prediction. Raises InputError if there is no
     target, if the lengths differ, if a target or a retained concept is named twice, if an anchor is one of the targets,
-    or if a retained concept is one of them.
+    if a retained concept is one of them, or if a target shares a prompt with another one or a retained concept.
     """
 
     target: tuple[Concept, ...]
@@ -70,6 +75,17 @@ class Request:
             for concept in concepts:
                 if concept is not None and any(concept.same_as(target) for target in self.target):
                     raise InputError(f"{role} {concept.name!r} is also a target; choose a different {role}")
+        self._check_prompts()
+
+    def _check_prompts(self) -> None:
+        for i, target in enumerate(self.target):
+            for role, others in (("target", self.target[:i]), ("retained concept", self.retain)):
+                for other in others:
+                    if twice := target.shared_prompts(other):
+                        raise InputError(
+                            f"target {target.name!r} and {role} {other.name!r} share the prompt {twice[0]!r}; "
+                            "give it to one of them"
+                        )
 
     @classmethod
     def of(cls, target: str, *, anchor: str | None = None, retain: Sequence[str] = ()) -> "Request":

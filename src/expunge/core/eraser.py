@@ -74,6 +74,8 @@ class Eraser(ABC):
     brief: ClassVar[Mapping[str, int]] = MappingProxyType({"steps": 4, "walk": 2})
     """Settings that only repeat what has been done before, and the fewest repetitions that show what a run holds in
     memory: a rehearsal (`expunge plan`) goes no further. Names that a method has no field for say nothing."""
+    composes: ClassVar[bool] = False
+    """True where the change is one operator for all layers, stored as factors: others can follow it or be undone."""
     exempt: ClassVar[Mapping[str, str]] = MappingProxyType({})
     """Contract checks that do not apply, by name, with the reason."""
 

@@ -3,14 +3,15 @@
 Everything is in terms of moments of rows, Σ e eᵀ and Σ (goal − e) eᵀ, which concepts are added to one after the other.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expunge.core.generator import Generator
-from expunge.ops.ridge import Gram, SharedEdit
+from expunge.ops.ridge import Gram
+from expunge.patches.operator import SharedEdit
 
 Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
 """Down and up, A "r in" and B "out r": layers differ in height."""
@@ -53,7 +54,7 @@ def refined(
 
 def fused(
     refined: SharedEdit,
-    learned: Sequence[Learned],
+    learned: Iterable[Learned],
     prior: Float[Tensor, "in in"],
     ridge: float,
 ) -> tuple[SharedEdit, dict[str, Factors]]:
@@ -62,17 +63,16 @@ def fused(
     With W' = W M refined, concept i's rows of moment G_i and change B_i A_i, and prior rows of moment P,
     W* = argmin Σ_i Σ_e ‖W* e − (W' + B_i A_i) e‖² + Σ_prior ‖W* p − W p‖² + ridge ‖W* − W'‖²_F
        = W (M + (I − M) P D⁻¹) + Σ_i B_i (A_i G_i D⁻¹),  D = ridge I + Σ_i G_i + P.
-    Factors of all concepts are stacked: their product is the sum. Source: MACE (arXiv:2403.06135), fusion.
+    Factors of all concepts are stacked: their product is the sum. Concepts are read once, one after the other: a
+    hundred moments are never held together. Source: MACE (arXiv:2403.06135), fusion.
     """
-    total = prior.clone()
-    for own, _ in learned:
+    total, downs, ups = prior.clone(), dict[str, list[Tensor]](), dict[str, list[Tensor]]()
+    for own, factors in learned:
         total += own
+        for path, (down, up) in factors.items():
+            downs.setdefault(path, []).append(down.double() @ own)
+            ups.setdefault(path, []).append(up.double())
     gram = Gram.of(total, ridge)
     back = gram.solve(refined.duals @ prior)
-    paths = dict.fromkeys(path for _, factors in learned for path in factors)
-    found: dict[str, Factors] = {}
-    for path in paths:
-        mine = [(own, *factors[path]) for own, factors in learned if path in factors]
-        down = gram.solve(torch.cat([a.double() @ own for own, a, _ in mine]))
-        found[path] = down, torch.cat([b.double() for _, _, b in mine], dim=1)
+    found = {path: (gram.solve(torch.cat(downs[path])), torch.cat(ups[path], dim=1)) for path in downs}
     return SharedEdit(moves=refined.moves, duals=refined.duals - back), found

@@ -1,7 +1,9 @@
 """Bounds on settings, refused in one line."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
+from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 
 
@@ -10,3 +12,12 @@ def at_least(settings: object, least: Mapping[str, float]) -> None:
     for name, value in least.items():
         if not getattr(settings, name) >= value:
             raise InputError(f"{name} is {getattr(settings, name)}; legal: {value} or more")
+
+
+@contextmanager
+def naming(concepts: Sequence[Concept]) -> Iterator[None]:
+    """Let an InputError of the mathematics inside say which concepts were being erased."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"cannot erase {', '.join(repr(concept.name) for concept in concepts)}: {error}") from None

@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expunge.ops.ridge import SharedEdit, output_gram
+from expunge.ops.ridge import output_gram
+from expunge.patches.operator import SharedEdit
 
 # Below this share of the largest a direction of the kept rows, or in squares of the outputs, is rounding.
 _CUT = 1e-12

@@ -8,23 +8,19 @@ With D = ridge I + sum_i gain_i k_i k_i^T the answer is W' = W + sum_i gain_i (v
 depend on W, so all layers that read the same text share one factorisation. No inverse is ever formed.
 """
 
-import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from expunge.core.errors import InputError
+from expunge.patches.operator import SharedEdit
 
-# Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them.
+# Directions below this share of D's largest eigenvalue count as absent when there is no ridge to fill them in.
 _CUT = 1e-10
 # Rows turned to float64 at a time: 25 MB at width 768, so that 100 000 rows need no second copy.
 _CHUNK = 4096
-# Bytes of a weight edited at a time, so that a low-rank edit reads it from memory once and then from the cache.
-_CACHE = 2**20
 # Column blocks of a symmetric product: only those on and below the diagonal are multiplied, 5/8 of the work.
 _BLOCKS = 4
 
@@ -33,9 +29,9 @@ class Gram:
     """A factorised D = ridge I + sum_i gain_i k_i k_i^T.
 
     Few rows (n <= in / 2, ridge > 0): Woodbury, n x n Cholesky. Many rows: in x in Cholesky. Without ridge:
-    eigenvectors, directions below 1e-10 of the largest eigenvalue dropped with a RuntimeWarning. Equal rows are merged
-    where that may make them few; in a sum over many it changes nothing. moment: rows already summed up to theirs, added
-    to D.
+    eigenvectors; InputError where some are below 1e-10 of the largest, because nothing then says what their directions
+    become. Equal rows are merged where that may make them few; in a sum over many it changes nothing. moment: rows
+    already summed up to theirs, added to D.
     """
 
     def __init__(
@@ -77,55 +73,6 @@ class Gram:
         if self.ridge > 0:
             return torch.cholesky_solve(right, self._factor).T
         return (self._factor @ ((self._factor.T @ right) / self._values[:, None])).T
-
-
-@dataclass(frozen=True)
-class SharedEdit:
-    """One operator M that edits every layer reading the text: W' = W M, M = I + moves^T duals.
-
-    Its factors take 2 r in numbers; rank(W' - W) <= r, the number of erased rows or the width if that is less.
-    Source: UCE (arXiv:2308.14761, eq. 7), written as a rank-r update.
-    """
-
-    moves: Float[Tensor, "r in"]
-    """Gain-weighted differences goal - key; the identity where there are more of them than columns."""
-    duals: Float[Tensor, "r in"]
-    """D^-1 key; (moves^T keys) D^-1 where moves is the identity."""
-
-    def delta(self, weight: Float[Tensor, "out in"]) -> Float[Tensor, "out in"]:
-        """Give W' - W in float64: (W moves^T) duals."""
-        return (weight.double() @ self.moves.T) @ self.duals
-
-    def apply_(self, weights: Sequence[Float[Tensor, "_ in"]]) -> None:
-        """Overwrite every weight by W M, computed in its own precision (float32 at least) from factors in float64.
-
-        One pass reads a weight, one adds to it. In float32 the error is that of rounding M - I once, as the left
-        factor is orthonormal: nothing large cancels.
-        """
-        for wide in {torch.promote_types(weight.dtype, torch.float32) for weight in weights}:
-            right, left = self._factors
-            right, left = right.to(wide), None if left is None else left.to(wide)
-            for weight in weights:
-                if torch.promote_types(weight.dtype, torch.float32) == wide:
-                    _move(weight, left, right)
-
-    @cached_property
-    def _factors(self) -> tuple[Tensor, Tensor | None]:
-        """Right and left factor of M - I, the left orthonormal; or M - I itself and None where that is cheaper."""
-        if 2 * self.moves.shape[0] >= self.moves.shape[1]:
-            return self.moves.T @ self.duals, None
-        left, upper = torch.linalg.qr(self.moves.T)
-        return upper @ self.duals, left
-
-    def matrix(self) -> Float[Tensor, "in in"]:
-        """Give M in float64, for diagnostics: c -> M^-1 c undoes the edit wherever M is regular."""
-        eye = torch.eye(self.moves.shape[1], dtype=torch.float64, device=self.moves.device)
-        return eye + self.moves.T @ self.duals
-
-    def then(self, later: "SharedEdit") -> "SharedEdit":
-        """Give both edits as one, W M M': `later` was solved for the weights this one leaves."""
-        moves = later.moves + (later.moves @ self.duals.T) @ self.moves
-        return SharedEdit(moves=torch.cat([self.moves, moves]), duals=torch.cat([self.duals, later.duals]))
 
 
 def shared_edit(
@@ -222,18 +169,6 @@ def ridge_edit(
     return old + wrong.T @ Gram(keys, gain, ridge).solve(keys)
 
 
-def _move(weight: Tensor, left: Tensor | None, right: Tensor) -> None:
-    """Add W left right to W in place, in the factors' precision."""
-    old = weight.to(right.dtype)
-    if left is None:
-        old.add_(old @ right)
-    else:
-        for part in old.split(max(1, _CACHE // (old.shape[1] * old.element_size()))):
-            part.addmm_(part @ left, right)
-    if old is not weight:
-        weight.copy_(old)
-
-
 def _square(rows: Tensor, gain: Tensor) -> Tensor:
     """Give sum_i gain_i k_i k_i^T in float64."""
     total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -266,8 +201,8 @@ def _spectrum(matrix: Tensor) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(matrix)
     kept = values > _CUT * values[-1].clamp(min=torch.finfo(torch.float64).tiny)
     if not bool(kept.all()):
-        text = (
-            f"ridge is 0 and the rows span {int(kept.sum())} of {len(values)} directions; the others stay as they are"
+        raise InputError(
+            f"the solve is singular: without ridge (or penalty) its rows span {int(kept.sum())} of {len(values)} "
+            "directions; legal: a ridge (or penalty) above 0, or more retained rows"
         )
-        warnings.warn(text, RuntimeWarning, stacklevel=3)
-    return values[kept], vectors[:, kept]
+    return values, vectors

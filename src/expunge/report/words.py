@@ -97,7 +97,8 @@ def listed(names: list[str]) -> str:
 
 
 def paper_link(paper: str) -> str:
-    """Return the address of `arXiv:<id>` or a DOI."""
+    """Return the address of `arXiv:<id>` or a DOI; of several, with commas between, the first one's."""
+    paper = paper.partition(",")[0]
     if paper.lower().startswith("arxiv:"):
         return f"https://arxiv.org/abs/{paper[6:]}"
     return f"https://doi.org/{paper.removeprefix('doi:')}"

@@ -20,9 +20,10 @@ from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.core.registry import find
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _card as _card_file
-from expunge.stages import _files
+from expunge.stages import _chain, _files
 from expunge.stages._provenance import Code, Source, hash_tensors, provenance, sampler_settings
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
@@ -49,12 +50,17 @@ class Artifact:
     patch: Patch
 
     def on(self, model: Generator) -> Generator:
-        """Lay the patch on the base it was made for; raises InputError for any other base."""
-        found = fingerprint(model, self.patch.tensors())
+        """Lay the patch on the base it was made for; raises InputError for any other base.
+
+        Shared operators that were computed from the text alone go onto every base with the same text encoder and the
+        same layers that read the text.
+        """
+        found = made_for(model, self.patch)
         if found != self.card.base.sha256:
+            where = "its text encoder" if free(self.patch) else "the tensors it touches"
             raise InputError(
                 f"{self.folder} was made for base {self.card.base.name!r} ({self.card.base.sha256[:12]}); "
-                f"{model.name!r} ({found[:12]}) differs in the tensors it touches"
+                f"{model.name!r} ({found[:12]}) differs in {where}"
             )
         return self.patch.on(model)
 
@@ -66,7 +72,25 @@ def touched(model: Generator, names: Sequence[str] | Mapping[str, Any]) -> list[
     return sorted(known & (paths | set(names)))
 
 
-def fingerprint(model: Generator, tensors: Mapping[str, Tensor]) -> str:
+def free(patch: Patch) -> bool:
+    """Whether a patch depends on the text encoder alone, so that it serves any base that has the same one."""
+    return isinstance(patch, SharedPatch) and not patch.bound
+
+
+def made_for(model: Generator, patch: Patch) -> str:
+    """SHA-256 of what a patch needs of its base: `fingerprint`, or family and text encoder for a free one."""
+    if not free(patch):
+        return fingerprint(model, _names(patch))
+    text = {name: model.weight(name) for name, _ in model.network.named_parameters() if name.startswith("text_encoder")}
+    return _files.sha256(f"{model.family} {hash_tensors(text)}".encode())
+
+
+def _names(patch: Patch) -> Mapping[str, Any]:
+    """The names by which a patch tells which parameters it changes."""
+    return patch.sites if isinstance(patch, SharedPatch) else patch.tensors()
+
+
+def fingerprint(model: Generator, tensors: Mapping[str, Any]) -> str:
     """SHA-256 over the base tensors a patch touches, or over the text encoder where it touches none (guards).
 
     Names, dtypes, shapes and bytes count, in sorted order, as the model (a base or a view) shows them; so do the
@@ -88,7 +112,7 @@ def _distilled(model: Generator) -> bool:
 def changes(model: Generator, patch: Patch) -> dict[str, float]:
     """Relative change ||W' - W||_F / ||W||_F of every touched tensor, by path; a zero tensor that moves counts as 1."""
     view = patch.on(model)
-    return {path: _relative(model.weight(path), view.weight(path)) for path in touched(model, patch.tensors())}
+    return {path: _relative(model.weight(path), view.weight(path)) for path in touched(model, _names(patch))}
 
 
 def _relative(old: Tensor, new: Tensor) -> float:
@@ -113,6 +137,8 @@ def save(
     """
     tensors = patch.tensors()
     card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, made_by))
+    if isinstance(patch, SharedPatch) and any(part.facts for part in patch.parts):
+        card = _chain.merged(card, patch)
     blob = serialize(tensors, _header(card))
     card = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob)))
     with _files.whole_folder(folder) as part:
@@ -174,12 +200,36 @@ def restore(card: Card, tensors: Mapping[str, Tensor]) -> Patch:
     if card.patch.kind == "guard":
         rebuilt: Patch = find("methods", card.method).restore(tensors, card.patch.meta)  # type: ignore[attr-defined]
         return rebuilt
-    stored: dict[str, type[WeightPatch] | type[LowRankPatch]] = {
-        kind.kind: kind for kind in (WeightPatch, LowRankPatch)
+    stored: dict[str, type[WeightPatch] | type[LowRankPatch] | type[SharedPatch]] = {
+        kind.kind: kind for kind in (WeightPatch, LowRankPatch, SharedPatch)
     }
     if card.patch.kind not in stored:
         raise InputError(f"unknown kind of patch {card.patch.kind!r}; legal: guard, {', '.join(stored)}")
     return stored[card.patch.kind].restore(tensors, card.patch.meta)
+
+
+def said(model: Generator, job: Job) -> dict[str, Any]:
+    """Give what the card of a job says about the method and the request, and its seed."""
+    method = type(job.eraser)
+    return {
+        "method": job.method,
+        "paper": method.paper,
+        "description": (inspect.getdoc(method) or "").partition("\n")[0],
+        "config": json.loads(json.dumps(dataclasses.asdict(job.eraser))),
+        "given": tuple(sorted(job.given)),
+        "target": job.request.target,
+        "anchor": job.request.anchor,
+        "retain": job.request.retain,
+        "seed": job.seed,
+        "claims": {
+            **method.claims,
+            "reconstruction": method.reconstruction,
+            "uses_anchor": method.uses_anchor,
+            "uses_retain": job.eraser.retains,
+            # such a base has no unconditional pass: the prediction under "" at scale 1 stood for it
+            **({"guidance_distilled": True} if _distilled(model) else {}),
+        },
+    }
 
 
 def _header(card: Card) -> dict[str, str]:
@@ -202,24 +252,16 @@ def _run(model: Generator, job: Job) -> dict[str, object]:
 
 
 def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Job, source: Source, run: Any) -> Card:
-    method = type(job.eraser)
     layers = changes(model, patch)
     sizes = {name: weight.numel() for name, weight in model.network.named_parameters()}
     return Card(
-        method=job.method,
-        paper=method.paper,
-        description=(inspect.getdoc(method) or "").partition("\n")[0],
-        config=json.loads(json.dumps(dataclasses.asdict(job.eraser))),
-        given=tuple(sorted(job.given)),
-        target=job.request.target,
-        anchor=job.request.anchor,
-        retain=job.request.retain,
+        **{key: value for key, value in said(model, job).items() if key != "seed"},
         base=Base(
             name=source.name,
             revision=source.revision,
             family=model.family,
             licence=source.licence,
-            sha256=fingerprint(model, tensors),
+            sha256=made_for(model, patch),
         ),
         patch=Contents(
             kind=patch.kind,
@@ -231,12 +273,4 @@ def _card(patch: Patch, tensors: Mapping[str, Tensor], model: Generator, job: Jo
             layers=layers,
         ),
         run=run,
-        claims={
-            **method.claims,
-            "reconstruction": method.reconstruction,
-            "uses_anchor": method.uses_anchor,
-            "uses_retain": job.eraser.retains,
-            # such a base has no unconditional pass: the prediction under "" at scale 1 stood for it
-            **({"guidance_distilled": True} if _distilled(model) else {}),
-        },
     )

@@ -4,31 +4,42 @@ import dataclasses
 import json
 import math
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from expunge.core.card import Card
-from expunge.core.concept import Request
+from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.models.load import load as load_model
-from expunge.stages import _certificates, _files, artifact
+from expunge.stages import _certificates, _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
 from expunge.stages.certify import certify
-from expunge.stages.recipe import Recipe
+from expunge.stages.recipe import Recipe, read
+
+# Last rows of two prompts nearer than this are one to the text encoder: batches of float32 round otherwise.
+_SAME = 1e-5
 
 
 def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpointing: bool = False) -> Path:
     """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
+    With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
     checkpointing: as `load` has it; no part of the recipe, as gradients are the same up to rounding.
     """
     folder = out / "artifact"
     eraser, request = recipe.eraser(), recipe.request()
-    if folder.exists():
+    before = artifact.load(Path(recipe.model.on)) if recipe.model.on else None
+    if folder.exists() and before:
+        _check_recipe(artifact.load(folder), recipe, out)
+    elif folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
     run.progress(f"load {recipe.model.name}", 0, 1)
     model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype, checkpointing=checkpointing)
@@ -36,33 +47,52 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpo
     source = source_of(model, recipe.model.name)
     if folder.exists():
         _check_base(artifact.read_card(folder), source.revision, folder)
-        return certified(folder, model, request, out)
-    check(model, recipe.method.name, eraser, request)
+        return certified(folder, model, _request(artifact.read_card(folder)), out)
+    seen = before.on(model) if before else model
+    check(seen, recipe.method.name, eraser, request)
+    job = artifact.Job(
+        method=recipe.method.name,
+        eraser=eraser,
+        given=tuple(recipe.method.options),
+        request=request,
+        seed=recipe.seed,
+    )
+    said = artifact.said(model, job)
+    if before:
+        _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
     made_by = code(recorded=recorded)
+    fresh = not out.exists()
     out.mkdir(parents=True, exist_ok=True)
     _files.sweep(out)
     (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
     recipe.write(out / "recipe.toml")
     log: list[dict[str, Any]] = []
     start = time.monotonic()
-    patch = eraser.erase(model, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
+    with _withdrawn(out, fresh):
+        patch = eraser.erase(seen, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
     artifact.save(
         folder,
-        patch,
+        _chain.after(before.card, before.patch, said, patch) if before else patch,
         model,
-        artifact.Job(
-            method=recipe.method.name,
-            eraser=eraser,
-            given=tuple(recipe.method.options),
-            request=request,
-            seed=recipe.seed,
-        ),
+        job,
         source=source,
         made_by=made_by,
         seconds=time.monotonic() - start,
         log=log,
     )
-    return certified(folder, model, request, out)
+    return certified(folder, model, _request(artifact.read_card(folder)), out)
+
+
+@contextmanager
+def _withdrawn(out: Path, fresh: bool) -> Iterator[None]:
+    """Leave no recipe, and no folder that was not there, of what a method refused."""
+    try:
+        yield
+    except InputError:
+        (out / "recipe.toml").unlink(missing_ok=True)
+        if fresh:
+            out.rmdir()
+        raise
 
 
 def certified(folder: Path, model: Generator, request: Request, out: Path) -> Path:
@@ -75,12 +105,39 @@ def certified(folder: Path, model: Generator, request: Request, out: Path) -> Pa
 def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None:
     """Refuse what cannot work before any time is spent: a foreign family, unspeakable words, weights that hold NaN."""
     check_family(model, name, type(eraser))
+    forms = ("{}", *getattr(eraser, "templates", ()))  # the encoder must not cut the sentences of a method either
     for concept in (*request.target, *request.anchor, *request.retain):
         for prompt in concept.prompts if concept else ():
-            model.check_prompt(prompt)
+            for form in forms:
+                _check_sentence(model, concept, form.replace("{}", prompt))
     for path, _ in model.network.named_parameters():
         if not bool(model.weight(path).isfinite().all()):
             raise InputError(f"base {model.name!r} holds values in {path} that are not finite; take another copy of it")
+    _check_apart(model, request)
+
+
+def _check_sentence(model: Generator, concept: Concept | None, text: str) -> None:
+    try:
+        model.check_prompt(text)
+    except InputError as error:
+        raise InputError(f"concept {concept.name if concept else ''!r}: {error}") from None
+
+
+def _check_apart(model: Generator, request: Request) -> None:
+    """Refuse a target that the text encoder reads as another target or a retained concept, whatever their letters."""
+    others = [*((c, "target") for c in request.target), *((c, "retained concept") for c in request.retain)]
+    prompts = [(concept, role, prompt) for concept, role in others for prompt in concept.prompts]
+    parts = [prompts[start : start + 64] for start in range(0, len(prompts), 64)]
+    rows = torch.cat([model.encode([prompt for _, _, prompt in part]).subject for part in parts]).double()
+    for i, (target, role, prompt) in enumerate(prompts):
+        if role == "target":
+            apart = (rows - rows[i]).norm(dim=1) / rows[i].norm()
+            for other, whose, same in (prompts[j] for j in (apart < _SAME).nonzero().flatten().tolist()):
+                if other is not target:
+                    raise InputError(
+                        f"target {target.name!r} ({prompt!r}) and {whose} {other.name!r} ({same!r}) read the same to "
+                        f"{model.name!r}: nothing parts them; name one of them"
+                    )
 
 
 def check_family(model: Generator, name: str, method: type[Eraser]) -> None:
@@ -128,6 +185,11 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             f"{folder} holds a finished artifact of {_title(card.method, _request(card))}; asked for "
             f"{_title(recipe.method.name, request)}, which differs in {', '.join(differ)}: choose another folder"
         )
+
+
+def _check_recipe(made: artifact.Artifact, recipe: Recipe, out: Path) -> None:
+    if read(out / "recipe.toml") != recipe:
+        raise InputError(f"{made.folder} holds a finished artifact of another recipe: choose another folder")
 
 
 def _check_base(card: Card, revision: str, folder: Path) -> None:

@@ -1,5 +1,6 @@
 """An artifact in the files other tools load."""
 
+import dataclasses
 import json
 import os
 import re
@@ -23,6 +24,7 @@ from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.original import checkpoint
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
+from expunge.patches.shared import SharedPatch
 from expunge.stages import _files, _formats, _tensors, artifact
 
 FACTORED = ("lora", "kohya")
@@ -102,6 +104,8 @@ def export(
         return _write_pipeline(view, place, card, name)
     if to == "merged":
         return _write_merged(view, place, _header(card, to, name))
+    if isinstance(made.patch, SharedPatch):
+        made = dataclasses.replace(made, patch=made.patch.materialised(model))
     return _write_adapter(made, view, place, to, rank, name)
 
 

@@ -27,6 +27,8 @@ class ModelChoice:
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     name: str
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+    on: str | None = None
+    """Folder of the artifact whose erasures come first: the model is erased once more."""
 
 
 @dataclass(frozen=True, kw_only=True)

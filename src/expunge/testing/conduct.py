@@ -20,6 +20,7 @@ from expunge.core.patch import Patch
 from expunge.models.load import load
 from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.testing.shape import ContractError, expect
 
@@ -157,6 +158,8 @@ def _rebuilt(trial: Trial, tensors: dict[str, Tensor], meta: dict[str, Any]) -> 
             return WeightPatch.restore(tensors, meta)
         case LowRankPatch.kind:
             return LowRankPatch.restore(tensors, meta)
+        case SharedPatch.kind:
+            return SharedPatch.restore(tensors, meta)
         case GuardPatch.kind:
             return trial.cls.restore(tensors, meta)
-    raise ContractError(f"unknown kind of patch {trial.patch.kind!r}; legal: weights, low_rank, guard")
+    raise ContractError(f"unknown kind of patch {trial.patch.kind!r}; legal: weights, low_rank, shared, guard")

@@ -14,13 +14,13 @@ from expunge.ops.alignment import ending, surroundings
 from expunge.ops.fit import fit
 from expunge.ops.fusion import Learned, fused, refined, row_gram, row_shift, window_gram
 from expunge.ops.levels import noised_at
-from expunge.ops.limits import at_least
+from expunge.ops.limits import at_least, naming
 from expunge.ops.listening import CrossTap, listen, masked_attention
-from expunge.ops.ridge import SharedEdit
 from expunge.ops.scenes import Scenes, Segmenter
 from expunge.ops.student import LowRankStudent
 from expunge.ops.wording import sentences
 from expunge.patches.lowrank import product
+from expunge.patches.operator import SharedEdit
 from expunge.patches.weights import WeightPatch
 
 
@@ -107,12 +107,14 @@ class MACE(Eraser):
         kept = sentences(self.templates, [prompt for concept in request.retain for prompt in concept.prompts])
         prior = self.prior_weight * window_gram(model, self.prior)
         prior = prior + self.retain_weight * window_gram(model, [line.text for line in kept])
-        edit = self._refine(model, request, prior if self.refinement == "once" else prior * self.prior_weight)
+        with naming(request.target):
+            edit = self._refine(model, request, prior if self.refinement == "once" else prior * self.prior_weight)
         change = {path: edit.delta(weight) for path, weight in sites.items()}
         if self.steps:
             near = WeightPatch(change).on(model)
-            learned = [self._adapter(model, near, *numbered, run) for numbered in enumerate(request.target)]
-            edit, factors = fused(edit, learned, prior, self.ridge)
+            learned = (self._adapter(model, near, *numbered, run) for numbered in enumerate(request.target))
+            with naming(request.target):
+                edit, factors = fused(edit, learned, prior, self.ridge)
             change = {path: edit.delta(weight) for path, weight in sites.items()}
             change |= {path: change[path] + product(*pair) for path, pair in factors.items()}
         wide = {path: torch.promote_types(weight.dtype, torch.float32) for path, weight in sites.items()}

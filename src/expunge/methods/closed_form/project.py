@@ -14,7 +14,8 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
 from expunge.ops.projection import Projection, heard_map, off_span, projection
 from expunge.ops.rows import prompt_rows, row_pairs
-from expunge.patches.weights import WeightPatch
+from expunge.patches.operator import SharedEdit
+from expunge.patches.shared import Part, SharedPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -41,6 +42,7 @@ class Project(Eraser):
 
     paper: ClassVar[str] = "arXiv:2306.03819"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     rows: Literal["tail", "word"] = "tail"
     """Rows c of the target, each facing the anchor's. tail: from the last word to the window's end, as the network
@@ -72,8 +74,8 @@ class Project(Eraser):
     """Every target phrase is removed in each of these, its anchor in the same, and what is retained is held in each; an
     empty anchor stays empty. A phrase alone does not show how it reads within a sentence."""
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
+    def erase(self, model: Generator, request: Request, run: Run) -> SharedPatch:
+        """Patch of one part, bound to the weights it was computed from."""
         sites = model.sites("text_in")
         if not sites:
             raise InputError(f"project edits layers that read the prompt alone; family {model.family!r} has none")
@@ -84,16 +86,15 @@ class Project(Eraser):
         retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
         target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
         kept = model.encode(list(dict.fromkeys(["", *(text for _, text in texts), *retained])))
-        deltas = {}
+        edits: dict[str, SharedEdit] = {}
         for route in sorted({site.reads for site in sites}):
             mine = [site for site in sites if site.reads == route]
             pairs = row_pairs(target, anchor, route, self.rows)
             found = self._project([site.weight for site in mine], self._concepts(pairs, request), kept, route)
             self._certify(found, self._concepts(pairs, request), request, run)
-            for site in mine:
-                wide = torch.promote_types(site.weight.dtype, torch.float32)
-                deltas[site.path] = found.edit.delta(site.weight).to(wide)
-        return WeightPatch(deltas)
+            edits[route] = found.edit
+        targets = tuple(concept.name for concept in request.target)
+        return SharedPatch.of([Part(targets=targets, edits=edits, bound=True)], model)
 
     def _concepts(self, pairs: Pairs, request: Request) -> Pairs:
         """Rows of each concept, of all its prompts together, and those they face."""

@@ -11,10 +11,11 @@ from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
-from expunge.ops.limits import at_least
-from expunge.ops.ridge import SharedEdit, output_gram, residual_rows, shared_edit
+from expunge.ops.limits import at_least, naming
+from expunge.ops.ridge import output_gram, residual_rows, shared_edit
 from expunge.ops.rows import encode_many, prompt_rows, row_pairs
-from expunge.patches.weights import WeightPatch
+from expunge.patches.operator import SharedEdit
+from expunge.patches.shared import Part, SharedPatch
 
 Pairs = list[tuple[Tensor, Tensor]]
 
@@ -35,6 +36,7 @@ class RECE(Eraser):
 
     paper: ClassVar[str] = "arXiv:2407.12383"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     epochs: int = 3
     """T, how often residual embeddings are found and erased; 0 is UCE. The authors': nudity 3, all unsafe words 2,
@@ -74,25 +76,24 @@ class RECE(Eraser):
         """Whether retained rows have any weight, in the start or in an epoch."""
         return self.start_retain_weight != 0 or (self.retain_weight != 0 and self.epochs > 0)
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
+    def erase(self, model: Generator, request: Request, run: Run) -> SharedPatch:
+        """Patch of one part, bound to the weights it was computed from."""
         sites = model.sites("text_in")
         if not sites:
             raise InputError(f"rece edits layers that read the prompt alone; family {model.family!r} has none")
         at_least(self, {"epochs": 0})
         target, anchor = (model.encode(side) for side in zip(*request.pairs, strict=True))
         kept = encode_many(model, ["", *(prompt for concept in request.retain for prompt in concept.prompts)])
-        deltas = {}
+        edits: dict[str, SharedEdit] = {}
         for route in sorted({site.reads for site in sites}):
             mine = [site for site in sites if site.reads == route]
             held = torch.cat(prompt_rows(kept, route, "window"))
-            start = self._edit(row_pairs(target, anchor, route, "tail"), held, start=True)
             pairs = row_pairs(target, anchor, route, self.rows)
-            edit = self._alternate(start, pairs, held, [site.weight for site in mine], run)
-            for site in mine:
-                wide = torch.promote_types(site.weight.dtype, torch.float32)
-                deltas[site.path] = edit.delta(site.weight).to(wide)
-        return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
+            with naming(request.target):
+                start = self._edit(row_pairs(target, anchor, route, "tail"), held, start=True)
+                edits[route] = self._alternate(start, pairs, held, [site.weight for site in mine], run)
+        targets = tuple(concept.name for concept in request.target)
+        return SharedPatch.of([Part(targets=targets, edits=edits, bound=True)], model)
 
     def _alternate(
         self, edit: SharedEdit, pairs: Pairs, held: Tensor, weights: Sequence[Tensor], run: Run

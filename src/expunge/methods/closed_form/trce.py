@@ -14,9 +14,10 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
 from expunge.ops.fusion import window_gram
 from expunge.ops.limits import at_least
-from expunge.ops.ridge import Gram, SharedEdit
+from expunge.ops.ridge import Gram
 from expunge.ops.rows import encode_many
 from expunge.ops.wording import Wording, columns, sentences
+from expunge.patches.operator import SharedEdit
 from expunge.patches.weights import WeightPatch
 
 Weighted = tuple[Tensor, Tensor, Tensor]

@@ -1,20 +1,21 @@
 """UCE: closed-form edit of the layers that read the prompt (Gandikota et al., WACV 2024)."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor
 
 from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import EditSite, Family, Generator
-from expunge.ops.ridge import SharedEdit, shared_edit
+from expunge.ops.equations import Ask, Pairs, erasures, solve
+from expunge.ops.limits import naming
 from expunge.ops.rows import encode_many, prompt_rows, row_pairs
+from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
-
-Pairs = list[tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,7 @@ class UCE(Eraser):
 
     paper: ClassVar[str] = "arXiv:2308.14761"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
+    composes: ClassVar[bool] = True
 
     mode: Literal["uce2023", "uce2025"] = "uce2023"
     """uce2023, the paper's: every row from the last word to the window's end, both aligned at their last words;
@@ -60,8 +62,8 @@ class UCE(Eraser):
         """Whether retained rows have any weight."""
         return self.retain_weight != 0
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of float64 deltas on every text-reading layer, cast to the weights' dtype (float32 at least)."""
+    def erase(self, model: Generator, request: Request, run: Run) -> SharedPatch | WeightPatch:
+        """Patch of one part a concept, from the text alone; of full differences where the technique is tensor."""
         sites = model.sites("text_in")
         if not sites:
             raise InputError(f"uce edits layers that read the prompt alone; family {model.family!r} has none")
@@ -72,35 +74,41 @@ class UCE(Eraser):
         retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
         retained = ["", *retained] if self.mode == "uce2023" else retained
         kept = encode_many(model, retained) if retained else None
-        solved = {}
+        asks: dict[str, Ask] = {}
         for route in sorted({site.reads for site in sites}):
             pairs = row_pairs(target, anchor, route, "tail" if self.mode == "uce2023" else "word")
             held = prompt_rows(kept, route, "window" if self.mode == "uce2023" else "word") if kept else []
-            solved[route] = pairs, self._solve(pairs, held, len(retained))
+            rows = torch.cat([*held, pairs[0][0][:0]])
+            asks[route] = Ask(self._by_concept(pairs, request), self.strength, rows, self._hold(len(retained)))
+        if self.technique == "tensor":
+            with naming(request.target):
+                return self._by_layer(sites, asks, run)
+        said = {"retain": sorted(retained), "weight": self._hold(len(retained)), "ridge": self.ridge, "rows": self.mode}
+        with naming(request.target):
+            parts = erasures(asks, self.ridge, said)
+        return SharedPatch.of(parts, model)
+
+    def _hold(self, prompts: int) -> float:
+        if self.retain_weight is not None:
+            return self.retain_weight
+        return max(0.1, 1 / max(1, prompts)) if self.mode == "uce2023" else 1.0
+
+    def _by_concept(self, pairs: Pairs, request: Request) -> dict[str, Pairs]:
+        left = iter(pairs)
+        sizes = {concept.name: len(concept.prompts) * len(self.templates) for concept in request.target}
+        return {name: list(islice(left, size)) for name, size in sizes.items()}
+
+    def _by_layer(self, sites: Sequence[EditSite], asks: Mapping[str, Ask], run: Run) -> WeightPatch:
+        """Moves of each layer in the tensor technique: goal g − alpha · c, alpha = ⟨W c, W g⟩ / ‖W c‖² per pair."""
+        solved = {route: solve(ask, self.ridge, aligned=True) for route, ask in asks.items()}
         deltas = {}
         for done, site in enumerate(sites, 1):
-            pairs, edit = solved[site.reads]
-            own = replace(edit, moves=self._off_target(site, pairs)) if self.technique == "tensor" else edit
-            wide = torch.promote_types(site.weight.dtype, torch.float32)
-            deltas[site.path] = own.delta(site.weight).to(wide)
+            weight, moves = site.weight.double(), []
+            for key, goal in (pair for pairs in asks[site.reads].pairs.values() for pair in pairs):
+                before, values = key.double() @ weight.T, goal.double() @ weight.T
+                alpha = (before * values).sum() / before.square().sum()
+                moves.append(self.strength * (goal.double() - alpha * key.double() - key.double()))
+            delta = replace(solved[site.reads], moves=torch.cat(moves)).delta(site.weight)
+            deltas[site.path] = delta.to(torch.promote_types(site.weight.dtype, torch.float32))
             run.progress("layers", done, len(sites))
         return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
-
-    def _solve(self, pairs: Pairs, kept: list[Tensor], prompts: int) -> SharedEdit:
-        weight = self.retain_weight
-        if weight is None:
-            weight = max(0.1, 1 / prompts) if self.mode == "uce2023" else 1.0
-        keys, goals = (torch.cat(side).double() for side in zip(*pairs, strict=True))
-        rows = torch.cat([*kept, keys[:0]])
-        gain, retain_gain = keys.new_full(keys.shape[:1], self.strength), keys.new_full(rows.shape[:1], weight)
-        aligned = self.technique == "tensor"
-        return shared_edit(keys, goals, gain, rows, retain_gain, self.ridge, aligned=aligned)
-
-    def _off_target(self, site: EditSite, pairs: Pairs) -> Tensor:
-        """Moves of one layer in the tensor technique: goal g − alpha · c, alpha = ⟨W c, W g⟩ / ‖W c‖² per pair."""
-        weight, moves = site.weight.double(), []
-        for key, goal in pairs:
-            before, values = key.double() @ weight.T, goal.double() @ weight.T
-            alpha = (before * values).sum() / before.square().sum()
-            moves.append(self.strength * (goal.double() - alpha * key.double() - key.double()))
-        return torch.cat(moves)

@@ -14,13 +14,13 @@ from expunge.ops.fit import fit
 from expunge.ops.fusion import Learned, fused, window_gram
 from expunge.ops.guidance import guide
 from expunge.ops.limits import at_least
-from expunge.ops.ridge import SharedEdit
 from expunge.ops.rows import at_scales
 from expunge.ops.saliency import Look, common, most_salient
 from expunge.ops.student import Learner, LowRankStudent, Student
 from expunge.ops.trajectory import Goals, Walk, predict_each
 from expunge.ops.wording import sentences
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.operator import SharedEdit
 from expunge.patches.weights import WeightPatch
 
 

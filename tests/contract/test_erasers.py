@@ -18,8 +18,12 @@ SHORT: dict[str, dict[str, Any]] = {
     "mace": {"steps": 4, "walk": 2, "pictures": 2, "batch": 1},
     "sepme": {"steps": 4, "walk": 2, "pictures": 2, "tolerance": 0.1},
 }
+GAME = {"steps": 4, "walk": 3, "pool": 4, "pairs": 4, "refresh": 2, "pictures": 2, "draws": 2, "batch": 2}
+SHORT |= {"score": GAME, "fade": GAME, "ant": {"steps": 4, "walk": 3, "pool": 4, "maps": 1, "batch": 2}}
 # A toy is so narrow that a window or two of rows fill its width: what is held has to be held less exactly.
 NARROW: dict[str, dict[str, Any]] = {"sepme": {"tolerance": 0.1, "pictures": 2}}
+# A game walks its own paths again and again: minutes for what a few steps show as well.
+NARROW |= {name: {**SHORT[name], "steps": 20} for name in ("score", "fade", "ant")}
 CASES = [
     pytest.param(check, id=f"{name}-{check.name}")
     for name in METHODS
@@ -34,6 +38,8 @@ VARIANTS = {
     "rece-window-anchor": ("rece", {"rows": "window", "pull": "anchor"}),
     "trce-code": ("trce", {"closing": "words", "preservation": "twice"}),
     "trce-rows": ("trce", {"word_weight": 1.0, "padding_weight": 1.0, "opening_weight": 1.0}),
+    "ant-multi": ("ant", {"mode": "multi", "lr": 1e-3}),
+    "score-flipped-free": ("score", {"form": "flipped", "share": 1.0, "group": "cross_attention"}),
     "sepme-joint-code": ("sepme", {"order": "joint", "gradients": "accumulated"}),
     "project-words": ("project", {"held": "words", "rows": "word", "templates": ("{}",)}),
     "project-room": ("project", {"toward": "room"}),

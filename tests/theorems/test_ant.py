@@ -15,7 +15,7 @@ from expunge.ops.student import Student
 from expunge.patches.lowrank import product
 from expunge.patches.operator import SharedEdit
 
-BRIEF = {"steps": 2, "pool": 8, "walk": 4, "maps": 1, "draws": 1, "batch": 8}
+BRIEF = {"steps": 2, "pool": 8, "walk": 4, "maps": 1, "batch": 8}
 BERRY = Request.of("strawberry")
 
 

@@ -92,9 +92,8 @@ class Game:
         lesson = walk.pooled(model, self._preserved(model, sides), run, size=max(pool, len(sides.kept)))
         channels, side = drawn(0).state.x.shape[1:3]
         heads = int(sides.head.max()) + 1
-        opponent = Opponent(
-            Discriminator(channels, side, heads, run.rng("discriminator")), lr=self.opponent_lr, r1=self.r1
-        )
+        net = Discriminator(channels, side, heads, run.rng("discriminator")).to(drawn(0).state.x.device)
+        opponent = Opponent(net, lr=self.opponent_lr, r1=self.r1)
 
         def loss(step: int) -> Tensor:
             late, early = self._split(drawn(step), run.rng("late", step))
@@ -142,7 +141,7 @@ class Game:
         self, opponent: Opponent, student: Learner, sides: Sides, late: Pair, pred: Tensor, run: Run, step: int
     ) -> Float[Tensor, ""]:
         """Teach the discriminator on this pair, then ask it: the adversarial term."""
-        model, head = student.model, sides.head[late.which]
+        model, head = student.model, sides.head[late.which].to(pred.device)
         assert late.state.t is not None
         clean = model.as_clean(late.state, pred)
         with torch.no_grad():

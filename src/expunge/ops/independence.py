@@ -58,10 +58,12 @@ class Discriminator(nn.Module):
         depth = max(1, min(4, int(math.log2(max(side, 2))) - 1))
         widths = [channels, *(width * min(2**i, 4) for i in range(depth))]
         pairs = list(pairwise(widths))
-        self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
-        self.norms = nn.ModuleList(nn.GroupNorm(8, b, affine=False) for _, b in pairs)
-        self.levels = nn.ModuleList(nn.Linear(16, 2 * b) for _, b in pairs)
-        self.heads = nn.Linear(widths[-1], concepts)
+        with torch.device("meta"):  # layers would draw first weights from torch's global stream
+            self.blocks = nn.ModuleList(nn.Conv2d(a, b, 3, stride=2, padding=1) for a, b in pairs)
+            self.norms = nn.ModuleList(nn.GroupNorm(8, b, affine=False) for _, b in pairs)
+            self.levels = nn.ModuleList(nn.Linear(16, 2 * b) for _, b in pairs)
+            self.heads = nn.Linear(widths[-1], concepts)
+        self.to_empty(device=rng.device)
         self.register_buffer("bands", 2.0 ** torch.arange(8) * math.pi / 2, persistent=False)
         with torch.no_grad():
             for p in self.parameters():

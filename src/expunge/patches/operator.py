@@ -89,7 +89,7 @@ def joint(parts: Sequence[Equations]) -> SharedEdit:
     keys, goals, reads = (torch.cat([getattr(part, name) for part in parts]).double() for name in _ROWS)
     root = torch.cat([part.gain for part in parts]).double().sqrt()
     inner = keys @ reads.T
-    if not float((inner - inner.T).norm()) <= _SYMMETRIC * float(inner.norm()):
+    if not bool((inner - inner.T).norm() <= _SYMMETRIC * inner.norm()):
         raise InputError(
             "these erasures were not solved over the same ridge and retained rows; they have no joint solve"
         )

@@ -80,13 +80,13 @@ def free(patch: Patch) -> bool:
 def made_for(model: Generator, patch: Patch) -> str:
     """SHA-256 of what a patch needs of its base: `fingerprint`, or family and text encoder for a free one."""
     if not free(patch):
-        return fingerprint(model, _names(patch))
+        return fingerprint(model, edited(patch))
     text = {name: model.weight(name) for name, _ in model.network.named_parameters() if name.startswith("text_encoder")}
     return _files.sha256(f"{model.family} {hash_tensors(text)}".encode())
 
 
-def _names(patch: Patch) -> Mapping[str, Any]:
-    """The names by which a patch tells which parameters it changes."""
+def edited(patch: Patch) -> Mapping[str, Any]:
+    """Give the names by which a patch tells which parameters it changes."""
     return patch.sites if isinstance(patch, SharedPatch) else patch.tensors()
 
 
@@ -112,7 +112,7 @@ def _distilled(model: Generator) -> bool:
 def changes(model: Generator, patch: Patch) -> dict[str, float]:
     """Relative change ||W' - W||_F / ||W||_F of every touched tensor, by path; a zero tensor that moves counts as 1."""
     view = patch.on(model)
-    return {path: _relative(model.weight(path), view.weight(path)) for path in touched(model, _names(patch))}
+    return {path: _relative(model.weight(path), view.weight(path)) for path in touched(model, edited(patch))}
 
 
 def _relative(old: Tensor, new: Tensor) -> float:

@@ -21,6 +21,7 @@ from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _formats, _tensors, artifact
 from expunge.stages._rehearsal import Held, Rehearsal
@@ -73,7 +74,7 @@ class Plan:
     dtype: str
     config: Mapping[str, Any]
     kind: str
-    """Of the patch: weights, low_rank or guard."""
+    """Of the patch: weights, low_rank, shared or guard."""
     sites: tuple[Site, ...]
     """Empty for guards, which change no tensor. A tensor that does not move is left out of the real patch."""
     parameters: int
@@ -129,7 +130,9 @@ def plan(
         tensors = patch.tensors()
         saving = _saving(rehearsal, base, patch, request)
         exports = tuple(_exports(base, patch, rank))
-    sites = tuple(Site(path=path, shape=tuple(base.weight(path).shape)) for path in artifact.touched(base, tensors))
+    sites = tuple(
+        Site(path=path, shape=tuple(base.weight(path).shape)) for path in artifact.touched(base, artifact.edited(patch))
+    )
     changed = sum(torch.Size(site.shape).numel() for site in sites)
     return Plan(
         model=model,
@@ -146,7 +149,7 @@ def plan(
             for name, tensor in sorted(tensors.items())
         ),
         artifact=_tensors.size(tensors, _header(model, method, patch)),
-        exact=not guessed or isinstance(patch, WeightPatch),  # a difference has its weight's shape
+        exact=not guessed or isinstance(patch, WeightPatch | SharedPatch),  # a difference has its weight's shape
         exports=exports,
         loading=_loading(base, EMBEDDED / model if model in embedded_names() else Path(model)),
         erasing=erasing,

@@ -1,6 +1,8 @@
 """ANT: keep the direction of denoising early, reverse it late, hold the unconditional one (Li et al., ACM MM 2025)."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 import torch
@@ -26,19 +28,20 @@ from expunge.patches.weights import WeightPatch
 
 @dataclass(frozen=True, kw_only=True)
 class ANT(Eraser):
-    """Teach the target's prediction its own direction before t' and the reverse after, "" its own all along.
+    """Teach the target's prediction its own direction before t' and the reverse after, "" its own all along (arXiv:2504.12782).
 
-    L = ‖f(c) − (u + s η (c_0 − u))‖² · (1 or λ_1) + ‖f("") − u‖² · (λ_2 or λ_3), u and c_0 the frozen model's,
-    s = −1, weights 1 and λ_2 where t < t' (late); s = +1, weights λ_1 and λ_3 where t ≥ t' (early).
-    single: all weights under a mask, the intersection of many saliency maps. multi: one adapter per concept, fused in
-    closed form: W* = argmin Σ_i Σ_e ‖W* e − (W + B_i A_i) e‖² + Σ_p ‖W* p − W p‖² + ridge · ‖W* − W‖²_F.
-    Source: arXiv:2504.12782; its code's single mode mirrors time, frees "" and keeps the least salient scalars.
+    L = w ‖f(c) − (u + s η (c_0 − u))‖² + w_u ‖f("") − u‖², u and c_0 the frozen model's, with s, w, w_u =
+    −1, 1, λ_2 where t < t' (late) and +1, λ_1, λ_3 where t ≥ t' (early).
+    multi: W* = argmin Σ_i Σ_e ‖W* e − (W + B_i A_i) e‖² + Σ_p ‖W* p − W p‖² + ridge · ‖W* − W‖²_F over adapters i.
     """
 
     paper: ClassVar[str] = "arXiv:2504.12782"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
     uses_anchor: ClassVar[bool] = False
     uses_retain: ClassVar[bool] = False
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"moves_the_target_more_than_what_is_retained": "Nothing is retained but the empty prompt; a toy moves as one."}
+    )
 
     mode: Literal["single", "multi"] = "single"
     """single: full weights under the mask. multi: adapters and fusion, U-Nets only."""
@@ -51,7 +54,7 @@ class ANT(Eraser):
     """Swap early and late, as the authors' code for one concept does by mistake."""
 
     strength: float = 1.0
-    """eta. The paper: 1."""
+    """eta in goal = u + s · eta · (c_0 − u). The paper: 1."""
 
     early: float = 0.4
     """λ_1. The paper: 0.4; for nudity 1."""
@@ -63,13 +66,10 @@ class ANT(Eraser):
     """λ_3. The paper: 0.2, its code λ_1 λ_2; for nudity 0.5."""
 
     maps: int = 8
-    """Saliency maps that are intersected, each of one picture. The paper: about 100 for four concepts; 0: no mask."""
+    """Saliency maps intersected, each of one picture. The paper: about 100 for four concepts; 0: no mask."""
 
     share: float = 0.5
     """Share of scalars each map keeps. The code: 0.5."""
-
-    draws: int = 4
-    """Noised batches behind each map."""
 
     rank: int = 8
     """Rank of an adapter in multi, over keys and values, which is all that fusion keeps. The code: 64, everywhere."""
@@ -106,8 +106,8 @@ class ANT(Eraser):
         at_least(self, {"maps": 0, "ridge": 0})
         if self.mode == "multi":
             return self._fused(model, request, run)
-        student, look = Student.of(model, "all"), Look("gradient", pictures=1, draws=self.draws, steps=self.walk)
-        phrases = [prompt for concept in request.target for prompt in concept.prompts]
+        student, look = Student.of(model, "all"), Look("gradient", pictures=1, draws=self.batch, steps=self.walk)
+        phrases = [phrase for phrase, _ in request.pairs]
         asked = [(phrases[i % len(phrases)], run.apart("map", i)) for i in range(self.maps)]
         if asked:
             student.restrict(common(most_salient(look.scores(student, [a], own), self.share) for a, own in asked))

@@ -4,7 +4,9 @@ RECONSTRUCTION: the full text was not available to us and no code exists. Terms 
 abstract and of a reviewer's digest of Fu et al.; nothing may be reported as "the paper's number".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from expunge.core.concept import Request
@@ -31,6 +33,9 @@ class Fade(Eraser):
     paper: ClassVar[str] = "arXiv:2507.12283"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
     reconstruction: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"moves_the_target_more_than_what_is_retained": "An untrained toy draws nothing that a judge could tell apart."}
+    )
 
     group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "non_cross_attention"
     """What is trained, under the mask. The paper: not known."""

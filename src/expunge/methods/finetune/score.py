@@ -4,7 +4,9 @@ RECONSTRUCTION: the full text was not available to us and no official code exist
 are our reading of the abstract of Fu et al.; nothing may be reported as "the paper's number".
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from types import MappingProxyType
 from typing import ClassVar, Literal
 
 from expunge.core.concept import Request
@@ -34,6 +36,9 @@ class Score(Eraser):
     paper: ClassVar[str] = "arXiv:2509.12024"
     families: ClassVar[frozenset[Family]] = frozenset({"unet", "mmdit"})
     reconstruction: ClassVar[bool] = True
+    exempt: ClassVar[Mapping[str, str]] = MappingProxyType(
+        {"moves_the_target_more_than_what_is_retained": "An untrained toy draws nothing that a judge could tell apart."}
+    )
 
     group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "non_cross_attention"
     """What is trained, under the mask. The paper: not known."""
@@ -73,7 +78,7 @@ class Score(Eraser):
     """Share of the steps with the directional term."""
 
     strength: float = 0.0
-    """eta in n − eta · (c_0 − n), n under the twin. 0: the target becomes its twin; 1 without an anchor: ESD's goal."""
+    """eta in goal = n − eta · (c_0 − n), n under the twin. 0: the target becomes its twin."""
 
     turn: float = 0.9
     """t': what is noisier is early and kept. ANT: 0.8 for identities, 0.86 for nudity, 0.94 for styles."""

@@ -51,7 +51,16 @@ def test_a_method_of_your_own_keeps_the_contract(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["README.md", "docs/index.md", "docs/methods.md", "docs/limits.md", "docs/design.md", "docs/export.md"]
+    "name",
+    [
+        "README.md",
+        "docs/index.md",
+        "docs/methods.md",
+        "docs/limits.md",
+        "docs/certificate.md",
+        "docs/design.md",
+        "docs/export.md",
+    ],
 )
 def test_documents_promise_no_bound_and_show_no_loose_number(name: str) -> None:
     text = (ROOT / name).read_text(encoding="utf-8")
@@ -64,7 +73,7 @@ def test_local_links_lead_somewhere() -> None:
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "erase", "export", "generate", "score", "report", "list"])
+@pytest.mark.parametrize("verb", ["demo", "erase", "export", "generate", "score", "certify", "report", "list"])
 def test_every_command_is_documented(verb: str) -> None:
     assert (
         f"expunge {verb}"

@@ -16,9 +16,27 @@ PAIRS: dict[Level, int] = {"quick": 250, "standard": 1000, "audit": 5000}
 """Twin pairs per level; clean leaks of about 5, 2 and 0.4 % are then found by a detector."""
 SHARES = (0.5, 0.2, 0.3)
 """Train, calibrate, test."""
-STARTS = ("a", "one", "the")
-NOUNS = ("picture", "drawing", "image", "icon", "symbol", "painting", "illustration", "print")
-ENDS = ("on a {} background", "on {}", ", {} background", "in front of {}", "with {} behind it", "against {}")
+SUBJECTS = (
+    "a {s} picture of a {{}}",
+    "{s} picture of a {{}}",
+    "a {s} {{}}",
+    "{s} {{}}",
+    "a {{}} in {s} style",
+    "{{}} in {s} style",
+    "a picture of a {{}} in {s} style",
+    "picture of a {{}} in {s} style",
+    "a {s} style {{}}",
+    "a {s} style picture of a {{}}",
+)
+ENDS = (
+    " on a {b} background",
+    ", {b} background",
+    " on {b}",
+    " on {b} background",
+    ", {b}",
+    ", on a {b} background",
+)
+"""Words of plain captions only: of icons and prints the embedded model knows nothing, and draws accordingly."""
 
 
 @dataclass(frozen=True)
@@ -48,17 +66,14 @@ class Split:
 
 
 def frames(styles: Sequence[str], backgrounds: Sequence[str]) -> tuple[str, ...]:
-    """Give sentences with one {} for what is shown: every start, noun and ending with every style and background."""
-    ends = [end.format(background) for end in ENDS for background in backgrounds] or [""]
-    looks = [f"{style} " for style in styles] or [""]
-    found = [
-        f"{start} {look}{noun} of a {{}}{end if end.startswith(',') else f' {end}' if end else ''}"
-        for start in STARTS
-        for noun in NOUNS
-        for end in ends
-        for look in looks
-    ]
-    return tuple(found)
+    """Give sentences with one {} for what is shown: every subject and ending with every style and background."""
+    return tuple(
+        subject.format(s=style) + end.format(b=background)
+        for subject in SUBJECTS
+        for end in ENDS
+        for style in styles
+        for background in backgrounds
+    )
 
 
 def check_frames(lines: Sequence[str]) -> tuple[str, ...]:

@@ -57,6 +57,7 @@ def test_a_method_of_your_own_keeps_the_contract(tmp_path: Path) -> None:
         "docs/index.md",
         "docs/methods.md",
         "docs/limits.md",
+        "docs/certificate.md",
         "docs/design.md",
         "docs/export.md",
         "docs/plan.md",
@@ -73,7 +74,9 @@ def test_local_links_lead_somewhere() -> None:
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "plan", "erase", "export", "generate", "score", "report", "list"])
+@pytest.mark.parametrize(
+    "verb", ["demo", "plan", "erase", "compose", "undo", "export", "generate", "score", "certify", "report", "list"]
+)
 def test_every_command_is_documented(verb: str) -> None:
     assert (
         f"expunge {verb}"

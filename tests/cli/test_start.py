@@ -53,6 +53,18 @@ def test_help_takes_less_than_half_a_second(words: list[str]) -> None:
 
 def test_no_words_show_the_help_with_every_command() -> None:
     done = subprocess.run([sys.executable, "-m", "expunge.cli"], capture_output=True, text=True, check=True)
-    for command in ("demo", "plan", "erase", "export", "generate", "score", "report", "list"):
+    for command in (
+        "demo",
+        "plan",
+        "erase",
+        "compose",
+        "undo",
+        "export",
+        "generate",
+        "score",
+        "certify",
+        "report",
+        "list",
+    ):
         assert command in done.stdout
     assert done.stderr == ""

@@ -23,6 +23,7 @@ FLOORS = {
     "detectors": 3,
     "metrics": 3,
     "certificates": 3,
+    "leakage": 3,
     "stages": 4,
     "report": 5,  # reads what the stages write, by their own readers
     "cli": 6,
@@ -49,10 +50,12 @@ OUTSIDE = {
     "methods": {"torch", "jaxtyping"},
     "detectors": {"torch", "jaxtyping", "transformers", "safetensors"},
     "metrics": {"torch", "jaxtyping", "transformers", "numpy", "scipy"},
+    "leakage": {"jaxtyping", "numpy", "scipy"},
 }
 TORCH_FREE = {
     "core": {"concept", "card", "records", "registry", "errors", "codec"},
     "suites": {"load"},
+    "leakage": {"record", "verdict", "twins"},
     "report": None,
 }
 FORBIDDEN = {"torchvision", "pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expunge import __version__
+from expunge.cli.certify import certify
 from expunge.cli.demo import demo
 from expunge.cli.erase import erase
 from expunge.cli.export import export
@@ -31,7 +32,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
 )
-for command in (demo, plan, erase, compose, undo, export, generate, score, report):
+for command in (demo, plan, erase, compose, undo, export, generate, score, certify, report):
     app.command()(command)
 app.add_typer(listing, name="list")
 
@@ -56,7 +57,7 @@ def about(
 
 
 def run(words: Sequence[str]) -> int:
-    """Run one command line and return its exit code: 0 done, 2 bad input or a failing disk, 130 interrupted."""
+    """Run one command line and return its exit code: 0 done, 2 bad input, 3 a failed control, 130 interrupted."""
     try:
         code = app(args=list(words) or ["--help"], prog_name="expunge", standalone_mode=False) or 0
     except KeyboardInterrupt:

@@ -28,6 +28,10 @@ class Detector(ABC):
         point = self.operating_point(concept)
         return self.score(images, concept) >= (point.threshold if point is not None else 0.0)
 
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"] | None:
+        """Give the vectors behind the score, on which other heads can be trained; None if there are none to give."""
+        return None
+
 
 @dataclass(frozen=True)
 class Samples:

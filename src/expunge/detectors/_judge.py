@@ -29,11 +29,15 @@ class JudgeNet(nn.Module):
         self.labels = dict(labels)
         self.heads = nn.ModuleDict({name: nn.Linear(width, len(words)) for name, words in labels.items()})
 
-    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
-        """Logits per head."""
+    def pooled(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Mean feature of the backbone."""
         features = self.backbone(pixel_values=images * 2 - 1).last_hidden_state
         # a convolutional backbone gives a map "b c h w", a transformer gives tokens "b n c"
-        pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+
+    def forward(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
+        """Logits per head."""
+        pooled = self.pooled(images)
         return {name: head(pooled) for name, head in self.heads.items()}
 
     @classmethod
@@ -96,6 +100,11 @@ class Judge(FirstChoice):
         """Logits of every head for images in [0, 1]."""
         logits: dict[str, Tensor] = self.net(images.float())
         return logits
+
+    @torch.no_grad()
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Mean feature of the backbone."""
+        return self.net.pooled(images.float())
 
 
 def margin(logits: Float[Tensor, "b k"], index: int) -> Float[Tensor, "b"]:

@@ -48,6 +48,10 @@ class ClipZeroShot(FirstChoice):
     @torch.no_grad()
     def logits(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[Tensor, "b _"]]:
         """Similarities to every known concept and style for images in [0, 1], from one pass of the image tower."""
-        seen = self.model.get_image_features(pixel_values=images.float() * 2 - 1).pooler_output
-        seen = normalize(seen, dim=-1) * self.model.logit_scale.exp()
+        seen = self.features(images) * self.model.logit_scale.exp()
         return {head: seen @ texts.T for head, texts in self.texts.items()}
+
+    @torch.no_grad()
+    def features(self, images: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b d"]:
+        """Unit vectors of the image tower."""
+        return normalize(self.model.get_image_features(pixel_values=images.float() * 2 - 1).pooler_output, dim=-1)

@@ -6,7 +6,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from expunge import __version__
-from expunge.report import views, words
+from expunge.report import leakage, views, words
 from expunge.report.read import BASE, Findings, Suite, read
 
 
@@ -29,6 +29,8 @@ def render(folder: Path) -> str:
         model=findings.model,
         version=__version__,
         suites=[_suite(suite, reconstructed) for suite in findings.suites],
+        leakage=leakage.sections(findings.leakage),
+        not_said=words.NOT_SAID,
         changes=views.changes(findings),
         methods=views.methods(findings.cards),
         licences=views.licences(findings),

@@ -9,7 +9,8 @@ from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
 from expunge.core.records import Case, Certificate, Summary
-from expunge.stages import _card, _certificates, _files
+from expunge.leakage.record import LeakageCertificate
+from expunge.stages import _card, _certificates, _files, _leakage
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -50,6 +51,8 @@ class Findings:
     """By arm."""
     certificates: Mapping[str, Sequence[Certificate]]
     """By arm; empty where none applies or the run is older than they are."""
+    leakage: Sequence[LeakageCertificate]
+    """In the order of arms and concepts."""
 
 
 def read(folder: Path) -> Findings:
@@ -60,11 +63,22 @@ def read(folder: Path) -> Findings:
     table = _object(folder / "summary.json", "score the run first: expunge score DIR --suite SUITE")
     cards = _cards(folder)
     certificates = {arm: _certificates.read(place.parent.parent) for arm, (place, _) in cards.items()}
+    leakage = [each for place, card in cards.values() for each in _leakages(place.parent.parent, card)]
     suites = tuple(_suite(folder, from_data(Summary, entry)) for entry in table["suites"])
     if not suites:
         raise InputError(f"{folder / 'summary.json'} holds no suite; score the run again")
     model = _header(folder, suites[0].summary.suite, BASE)["identity"]["model"]
-    return Findings(folder, model, suites, {arm: card for arm, (_, card) in cards.items()}, certificates)
+    bare = {arm: card for arm, (_, card) in cards.items()}
+    return Findings(folder, model, suites, bare, certificates, leakage)
+
+
+def _leakages(run: Path, card: Card) -> list[LeakageCertificate]:
+    found = _leakage.read(run)
+    if stale := [each for each in found if each.scope.patch_hash != card.patch.sha256]:
+        raise InputError(
+            f"{run} holds a leakage certificate of another patch, on {stale[0].scope.concept!r}: remove it"
+        )
+    return found
 
 
 def _cards(folder: Path) -> dict[str, tuple[Path, Card]]:

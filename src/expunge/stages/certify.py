@@ -1,4 +1,4 @@
-"""Certify: what can be said about an edit without drawing a picture."""
+"""Certify: what can be said about an edit without drawing a picture; `leakage.py` is about pictures."""
 
 from pathlib import Path
 

@@ -21,7 +21,6 @@ from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
-from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _formats, _tensors, artifact
 from expunge.stages._rehearsal import Held, Rehearsal
@@ -149,7 +148,7 @@ def plan(
             for name, tensor in sorted(tensors.items())
         ),
         artifact=_tensors.size(tensors, _header(model, method, patch)),
-        exact=not guessed or isinstance(patch, WeightPatch | SharedPatch),  # a difference has its weight's shape
+        exact=not guessed or isinstance(patch, WeightPatch),  # a difference has its weight's shape
         exports=exports,
         loading=_loading(base, EMBEDDED / model if model in embedded_names() else Path(model)),
         erasing=erasing,

@@ -28,7 +28,7 @@ from expunge.patches.weights import WeightPatch
 
 @dataclass(frozen=True, kw_only=True)
 class ANT(Eraser):
-    """Teach the target's prediction its own direction before t' and the reverse after, "" its own all along (arXiv:2504.12782).
+    """Teach the target's prediction its own direction before t' and the reverse after, "" its own.
 
     L = w ‖f(c) − (u + s η (c_0 − u))‖² + w_u ‖f("") − u‖², u and c_0 the frozen model's, with s, w, w_u =
     −1, 1, λ_2 where t < t' (late) and +1, λ_1, λ_3 where t ≥ t' (early).

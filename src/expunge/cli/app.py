@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expunge import __version__
+from expunge.cli.attack import attack
 from expunge.cli.demo import demo
 from expunge.cli.erase import erase
 from expunge.cli.export import export
@@ -29,7 +30,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
 )
-for command in (demo, erase, export, generate, score, report):
+for command in (demo, erase, export, generate, score, attack, report):
     app.command()(command)
 app.add_typer(listing, name="list")
 

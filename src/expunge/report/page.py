@@ -31,6 +31,7 @@ def render(folder: Path) -> str:
         suites=[_suite(suite, reconstructed) for suite in findings.suites],
         changes=views.changes(findings),
         methods=views.methods(findings.cards),
+        attacks=views.attacks(findings),
         licences=views.licences(findings),
         limits=words.LIMITS,
         reconstruction=words.RECONSTRUCTION,

@@ -8,8 +8,9 @@ from typing import Any
 from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
+from expunge.core.outcome import Outcome
 from expunge.core.records import Case, Certificate, Summary
-from expunge.stages import _card, _certificates, _files
+from expunge.stages import _card, _certificates, _files, _outcomes
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -50,6 +51,8 @@ class Findings:
     """By arm."""
     certificates: Mapping[str, Sequence[Certificate]]
     """By arm; empty where none applies or the run is older than they are."""
+    attacks: Mapping[str, Sequence[Outcome]]
+    """By arm; empty where none was tried."""
 
 
 def read(folder: Path) -> Findings:
@@ -64,7 +67,16 @@ def read(folder: Path) -> Findings:
     if not suites:
         raise InputError(f"{folder / 'summary.json'} holds no suite; score the run again")
     model = _header(folder, suites[0].summary.suite, BASE)["identity"]["model"]
-    return Findings(folder, model, suites, {arm: card for arm, (_, card) in cards.items()}, certificates)
+    attacks = {arm: _attacks(place.parent.parent, card) for arm, (place, card) in cards.items()}
+    return Findings(folder, model, suites, {arm: card for arm, (_, card) in cards.items()}, certificates, attacks)
+
+
+def _attacks(run: Path, card: Card) -> list[Outcome]:
+    found = _outcomes.read(run)
+    for outcome in found:
+        if outcome.patch_sha256 != card.patch.sha256:
+            raise InputError(f"{run} holds a result of attack {outcome.attack!r} on another artifact; move it away")
+    return found
 
 
 def _cards(folder: Path) -> dict[str, tuple[Path, Card]]:

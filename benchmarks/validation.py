@@ -8,19 +8,17 @@ of keys and values. Prints counts per method and target, and their sums.
 
 import argparse
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import Tensor
 
 from expunge.core.concept import Concept, Request
-from expunge.core.condition import Condition
 from expunge.core.eraser import Run
 from expunge.core.generator import Generator
 from expunge.core.registry import find
 from expunge.models.load import load
-from expunge.patches.guard import PassGuard
+from expunge.ops.inversion import Sent, inverse_reading
 from expunge.stages.recipe import settings
 
 JUDGES = ("judge_cnn", "judge_vit")
@@ -34,23 +32,9 @@ AIMS = {
 }
 
 
-class Undo(PassGuard):
-    """Sends every embedding row e to A e before the network reads it."""
-
-    def __init__(self, back: Tensor) -> None:
-        """Keep A, "in in"."""
-        self.back = back
-
-    def condition(self, cond: Condition) -> Condition:
-        """Replace the token rows."""
-        return replace(cond, tokens=(cond.tokens.double() @ self.back.T).to(cond.tokens.dtype))
-
-
 def undone(base: Generator, erased: Generator) -> Generator:
-    """The erased model under the closed-form inversion; directions below 1e-5 of the largest count as absent."""
-    old, new = (torch.cat([site.weight.double() for site in model.sites("text_in")]) for model in (base, erased))
-    back = torch.linalg.lstsq(new, old, driver="gelsd", rcond=1e-5).solution
-    return erased.view(guards=[Undo(back)])
+    """The erased model under the closed-form inversion; itself where no text-reading layer changed."""
+    return erased.view(guards=[Sent(inverse_reading(base, erased))])
 
 
 def asks(target: str) -> Iterator[tuple[str, str]]:

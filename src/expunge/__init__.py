@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from expunge.core.attack import Aim, Attack, Attempt
     from expunge.core.card import Card
     from expunge.core.concept import Concept, Request
     from expunge.core.condition import Condition
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOMES = {
+    "expunge.core.attack": ("Aim", "Attack", "Attempt"),
     "expunge.core.card": ("Card",),
     "expunge.core.concept": ("Concept", "Request"),
     "expunge.core.condition": ("Condition",),
@@ -42,6 +44,9 @@ _HOMES = {
 }
 
 __all__ = [
+    "Aim",
+    "Attack",
+    "Attempt",
     "Card",
     "Concept",
     "Condition",

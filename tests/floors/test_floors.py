@@ -49,11 +49,12 @@ OUTSIDE = {
     "ops": {"torch", "jaxtyping", "numpy", "scipy"},
     "methods": {"torch", "jaxtyping"},
     "detectors": {"torch", "jaxtyping", "transformers", "safetensors"},
+    "attacks": {"torch", "jaxtyping"},
     "metrics": {"torch", "jaxtyping", "transformers", "numpy", "scipy"},
     "leakage": {"jaxtyping", "numpy", "scipy"},
 }
 TORCH_FREE = {
-    "core": {"concept", "card", "records", "registry", "errors", "codec"},
+    "core": {"concept", "card", "records", "registry", "errors", "codec", "harm", "outcome"},
     "suites": {"load"},
     "leakage": {"record", "verdict", "twins"},
     "report": None,

@@ -10,6 +10,7 @@ import typer
 from typer.exceptions import TyperException
 
 from expunge import __version__
+from expunge.cli.attack import attack
 from expunge.cli.certify import certify
 from expunge.cli.demo import demo
 from expunge.cli.erase import erase
@@ -32,7 +33,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
 )
-for command in (demo, plan, erase, compose, undo, export, generate, score, certify, report):
+for command in (demo, plan, erase, compose, undo, export, generate, score, attack, certify, report):
     app.command()(command)
 app.add_typer(listing, name="list")
 

@@ -11,7 +11,7 @@ from expunge.cli.facts import Facts, facts
 from expunge.cli.options import Json
 from expunge.core.registry import catalogue
 
-listing = typer.Typer(help="List methods, models, suites or detectors.", no_args_is_help=True)
+listing = typer.Typer(help="List methods, models, suites, detectors or attacks.", no_args_is_help=True)
 
 
 @listing.command()
@@ -95,3 +95,24 @@ def detectors(json: Json = False) -> None:
     known = [facts(name, path) for name, path in catalogue("detectors").items()]
     screen.emit({"detectors": [{"name": entry.name, "description": entry.description} for entry in known]})
     screen.table(("detector", "what it sees"), [[entry.name, entry.description] for entry in known])
+
+
+@listing.command()
+def attacks(json: Json = False) -> None:
+    """List the attacks with what they may touch and their settings."""
+    screen = Out(machine=json)
+    known = [facts(name, path) for name, path in catalogue("attacks").items()]
+    data = [
+        {
+            "name": entry.name,
+            "description": entry.description,
+            **{key: entry.attributes.get(key, "") for key in ("paper", "access", "threat", "families")},
+            "fields": [asdict(field) for field in entry.fields],
+        }
+        for entry in known
+    ]
+    screen.emit({"attacks": data})
+    rows = [[each["name"], each["description"], each["threat"], each["access"], each["paper"]] for each in data]
+    screen.table(("attack", "what it does", "threat", "access", "paper"), rows)
+    for entry in known:
+        screen.say(f"\n{entry.name} --set " + " ".join(f"{field.name}={field.default}" for field in entry.fields))

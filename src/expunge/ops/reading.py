@@ -12,11 +12,10 @@ from torch import Tensor
 from expunge.core.concept import Request
 from expunge.core.generator import Generator
 from expunge.core.measure import Edit, Reading
+from expunge.ops.inversion import CUT, undoing
 from expunge.ops.ridge import output_gram, sum_products
 from expunge.ops.rows import prompt_rows, row_pairs
 
-# Below this share of the largest an eigenvalue of a Gram matrix is rounding of float32 weights.
-_CUT = 1e-10
 # An edit is W M with one M where it is so to this share of its size: float32 weights leave about 1e-5.
 _SHARED = 1e-3
 
@@ -72,7 +71,7 @@ def off_target(reading: Reading) -> Iterator[float]:
     """Give ||(W' - W) (I - Q Q^T)||_2 / ||W||_2 for every layer, Q an orthonormal basis of all target rows."""
     rows = torch.cat([rows for rows, _ in reading.targets])
     _, values, basis = torch.linalg.svd(rows, full_matrices=False)
-    q = basis[values > _CUT**0.5 * values[0]]
+    q = basis[values > CUT**0.5 * values[0]]
     for old, new in layers(reading):
         change = new - old
         yield float(_spectral(change - (change @ q.T) @ q) / _spectral(old))
@@ -89,14 +88,11 @@ def inversions(reading: Reading) -> Iterator[tuple[float, float]]:
 
     First the square root of min_e sum_l ||W'_l e - W_l c||^2 / sum_l ||W_l c - W_l a||^2 over all its rows c: 0 where
     free embeddings undo the edit. Then ||e|| / ||c|| of the smallest such e. Source: closed-form inversion of keys and
-    values, min_e by S'^+ sum_l W'_l^T W_l c with S' = sum_l W'_l^T W'_l.
+    values, `undoing`.
     """
-    values, vectors = torch.linalg.eigh(output_gram(reading.new))
-    kept = values > _CUT * values[-1]
-    half = vectors[:, kept] / values[kept].sqrt()
-    cross = sum_products(reading.new, reading.old)
+    back = undoing(reading.old, reading.new)
     for rows, anchor in reading.targets:
-        found = rows @ cross.T @ half @ half.T
+        found = rows @ back.T
         miss, apart = 0.0, 0.0
         for old, new in layers(reading):
             miss += float((found @ new.T - rows @ old.T).square().sum())
@@ -108,7 +104,7 @@ def inversions(reading: Reading) -> Iterator[tuple[float, float]]:
 def shared_matrix(reading: Reading) -> Float[Tensor, "in in"] | None:
     """Give the M with W' = W M for all layers; None if there is no such M, or the layers do not determine it."""
     values, vectors = torch.linalg.eigh(output_gram(reading.old))
-    if not values[0] > _CUT * values[-1]:
+    if not values[0] > CUT * values[-1]:
         return None
     m = (vectors / values) @ (vectors.T @ sum_products(reading.old, reading.new))
     miss = sum(float((old @ m - new).square().sum()) for old, new in layers(reading))

@@ -33,6 +33,7 @@ def render(folder: Path) -> str:
         not_said=words.NOT_SAID,
         changes=views.changes(findings),
         methods=views.methods(findings.cards),
+        attacks=views.attacks(findings),
         licences=views.licences(findings),
         limits=words.LIMITS,
         reconstruction=words.RECONSTRUCTION,

@@ -8,9 +8,10 @@ from typing import Any
 from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
+from expunge.core.outcome import Outcome
 from expunge.core.records import Case, Certificate, Summary
 from expunge.leakage.record import LeakageCertificate
-from expunge.stages import _card, _certificates, _files, _leakage
+from expunge.stages import _card, _certificates, _files, _leakage, _outcomes
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -53,6 +54,8 @@ class Findings:
     """By arm; empty where none applies or the run is older than they are."""
     leakage: Sequence[LeakageCertificate]
     """In the order of arms and concepts."""
+    attacks: Mapping[str, Sequence[Outcome]]
+    """By arm; empty where none was tried."""
 
 
 def read(folder: Path) -> Findings:
@@ -68,8 +71,9 @@ def read(folder: Path) -> Findings:
     if not suites:
         raise InputError(f"{folder / 'summary.json'} holds no suite; score the run again")
     model = _header(folder, suites[0].summary.suite, BASE)["identity"]["model"]
+    attacks = {arm: _attacks(place.parent.parent, card) for arm, (place, card) in cards.items()}
     bare = {arm: card for arm, (_, card) in cards.items()}
-    return Findings(folder, model, suites, bare, certificates, leakage)
+    return Findings(folder, model, suites, bare, certificates, leakage, attacks)
 
 
 def _leakages(run: Path, card: Card) -> list[LeakageCertificate]:
@@ -78,6 +82,14 @@ def _leakages(run: Path, card: Card) -> list[LeakageCertificate]:
         raise InputError(
             f"{run} holds a leakage certificate of another patch, on {stale[0].scope.concept!r}: remove it"
         )
+    return found
+
+
+def _attacks(run: Path, card: Card) -> list[Outcome]:
+    found = _outcomes.read(run)
+    for outcome in found:
+        if outcome.patch_sha256 != card.patch.sha256:
+            raise InputError(f"{run} holds a result of attack {outcome.attack!r} on another artifact; move it away")
     return found
 
 

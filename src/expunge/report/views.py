@@ -6,7 +6,8 @@ from pathlib import Path
 from statistics import median
 
 from expunge.core.card import Card
-from expunge.core.records import Case
+from expunge.core.outcome import CONTROLS, Outcome
+from expunge.core.records import Case, Estimate
 from expunge.report import words
 from expunge.report.pictures import data_address
 from expunge.report.plot import GONE, KEPT, MARKER_WORDS, layer_plot, rate_plot
@@ -241,3 +242,29 @@ def licences(findings: Findings) -> list[tuple[str, str]]:
     """Name every licence that the weights come under, and for an embedded model whose art its pictures derive from."""
     bases = sorted({(card.base.name, card.base.licence) for card in findings.cards.values()})
     return [*bases, (findings.model, words.CREDITS)] if (EMBEDDED / findings.model).is_dir() else bases
+
+
+def attacks(findings: Findings) -> list[dict[str, object]]:
+    """List every attack with its controls: one row per result, rates of the detector that judges."""
+    return [_attack(arm, outcome) for arm, found in findings.attacks.items() for outcome in found]
+
+
+def _attack(arm: str, outcome: Outcome) -> dict[str, object]:
+    rates = [outcome.arms[name].rates[outcome.judge] for name in CONTROLS]
+    never = outcome.arms.get("never_knew")
+    return {
+        "arm": arm,
+        "attack": outcome.attack,
+        "concept": outcome.concept,
+        "threat": outcome.threat,
+        "cells": [(name, _share(rate)) for name, rate in zip(CONTROLS, rates, strict=True)],
+        "never": _share(next(iter(never.rates.values()))) if never else ("–", ""),
+        "sentence": outcome.sentence,
+        "adaptive": outcome.adaptive,
+        "budget": f"{outcome.budget.gradients} gradients, {outcome.budget.denoiser_forwards} network calls, "
+        f"{words.span(outcome.budget.seconds)}, k = {outcome.k}",
+    }
+
+
+def _share(rate: Estimate) -> tuple[str, str]:
+    return f"{round(rate.value * rate.n)} of {rate.n}", words.interval(rate)

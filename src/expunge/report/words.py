@@ -36,7 +36,7 @@ LIMITS = (
         "A rate holds for these prompts",
         "It says how often a detector recognises the concept over this suite's prompts and seeds, with this sampler. "
         "It says nothing about paraphrases, other languages, adversarial prompts, edited latents or a model that is "
-        "trained further. An erased concept can often be brought back by such means; none of them was tried here.",
+        "trained further. An erased concept can often be brought back by such means; see Attacks.",
     ),
     (
         "A detector is no eye",

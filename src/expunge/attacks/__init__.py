@@ -1,0 +1,1 @@
+"""Ways of bringing erased concepts back: one file, one attack."""

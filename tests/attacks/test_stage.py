@@ -97,7 +97,7 @@ BAD = {
     "zero budget": (("--attack", "soft_token", "--set", "steps=0"), "steps is 0; legal: 1"),
     "zero cases": (("--attack", "kv_inversion", "--cases", "0"), "cases is 0"),
     "concept that was not erased": (("--attack", "kv_inversion", "--concept", "blue"), "'blue'"),
-    "another base": (("--attack", "kv_inversion", "--base", "tiny-unet-v"), "differs in the tensors"),
+    "another base": (("--attack", "kv_inversion", "--base", "tiny-sdxl"), "differs in its text encoder"),
     "no real pictures": (("--attack", "relearning"), "no pictures of 'red'"),
 }
 

@@ -44,7 +44,8 @@ class WordToy:
     def _silent(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("a prompt attack asks the sampler only")
 
-    encode = check_prompt = visit = predict = distance = sites = select = weight = absorb = noised = as_eps = _silent
+    encode = check_prompt = visit = predict = distance = sites = select = weight = _silent
+    absorb = noised = as_eps = as_clean = _silent
 
     def view(self, **_: Any) -> "WordToy":
         return replace(self)

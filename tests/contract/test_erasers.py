@@ -47,8 +47,9 @@ VARIANTS = {
     "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
 }
 # On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move, project-words
-# all but its padding; four steps of the lagrangian form are four steps of its starting multiplier.
-FREE = {"uce2025", "all_but_one-lagrangian", "project-words"}
+# all but its padding; TRCE's program takes rows that no default holds; four steps of the lagrangian form are four
+# steps of its starting multiplier.
+FREE = {"uce2025", "trce-code", "trce-rows", "all_but_one-lagrangian", "project-words"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")
     for variant, (name, config) in VARIANTS.items()

@@ -117,6 +117,9 @@ class LinearToy:
     def as_eps(self, state: State, pred: Tensor) -> Tensor:
         return pred
 
+    def as_clean(self, state: State, pred: Tensor) -> Tensor:
+        return state.x - pred
+
 
 def deltas(patch: Patch, model: Generator) -> Mapping[str, Tensor]:
     """What a closed-form patch adds to a model's weights, by path; layers that stay are left out."""

@@ -21,6 +21,7 @@ from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
+from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _formats, _tensors, artifact
 from expunge.stages._rehearsal import Held, Rehearsal
@@ -194,6 +195,7 @@ def _exports(base: Generator, patch: Patch, rank: int | None) -> Iterator[Export
         return
     view = patch.on(base)
     assert isinstance(view, UNetGenerator)
+    patch = patch.materialised(base) if isinstance(patch, SharedPatch) else patch
     own = max(down.shape[0] for down, _ in patch.factors.values()) if isinstance(patch, LowRankPatch) else None
     most = rank or own or _formats.CAP
     for name, write in (("lora", _formats.lora), ("kohya", _formats.kohya)):

@@ -1,12 +1,13 @@
 """What every attack's file and class look like, and that floors hold for it."""
 
 import ast
+from dataclasses import fields
 
 import pytest
+from pydantic import TypeAdapter, ValidationError
 
 from expunge.core.attack import Attack
 from expunge.core.registry import catalogue, find
-from expunge.testing.shape import has_a_strict_config_with_a_schema, is_a_frozen_dataclass_with_defaults
 
 NAMES = sorted(catalogue("attacks"))
 
@@ -19,8 +20,11 @@ def test_the_five_are_there() -> None:
 def test_it_is_one_frozen_attack_with_a_strict_configuration(name: str) -> None:
     cls = find("attacks", name)
     assert issubclass(cls, Attack)
-    is_a_frozen_dataclass_with_defaults(cls)  # type: ignore[arg-type]
-    has_a_strict_config_with_a_schema(cls)  # type: ignore[arg-type]
+    assert cls.__dataclass_params__.frozen and all(field.kw_only for field in fields(cls))  # type: ignore[attr-defined]
+    adapter = TypeAdapter(cls)
+    assert adapter.validate_json(adapter.dump_json(cls())) == cls()
+    with pytest.raises(ValidationError, match="no_such_field"):
+        adapter.validate_python({"no_such_field": 1})
     assert cls.families <= {"unet", "mmdit"} and cls.families
 
 

@@ -64,7 +64,7 @@ def test_local_links_lead_somewhere() -> None:
             assert (file.parent / link).exists(), f"{file.name}: {link}"
 
 
-@pytest.mark.parametrize("verb", ["demo", "erase", "export", "generate", "score", "report", "list"])
+@pytest.mark.parametrize("verb", ["demo", "erase", "export", "generate", "score", "attack", "report", "list"])
 def test_every_command_is_documented(verb: str) -> None:
     assert (
         f"expunge {verb}"

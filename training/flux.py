@@ -208,10 +208,12 @@ def work(rank: int, args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     tokenizer = learn_tokenizer(args.cache)
     net = FluxNet(len(tokenizer), distilled=args.distil)
+    if args.start:
+        net.load_state_dict(load_file(args.start))
     if args.distil:
         net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
         net.t5.requires_grad_(False)
-    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, decay=0.9985)
+    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
     if rank == 0:
         trainer.log(begins=True, steps=args.steps, batch=args.batch, extra=args.extra)
     command = f"python -m training.flux{' --distil' * args.distil}"
@@ -226,6 +228,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--distil", action="store_true")
     parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--start", type=Path, help="weights to begin from where no checkpoint is left")
+    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=1000)

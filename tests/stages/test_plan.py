@@ -78,8 +78,8 @@ def test_uce_on_published_unets(model, count, width, parameters):
     assert len(found.sites) == count and {site.shape[1] for site in found.sites} == {width}
     assert Counter(site.path.split(".")[-2] for site in found.sites) == {"to_k": count // 2, "to_v": count // 2}
     assert found.parameters == parameters
-    assert found.artifact == pytest.approx(4 * parameters, rel=1e-3)
-    assert found.exact and found.kind == "weights"
+    assert found.exact and found.kind == "shared"
+    assert found.artifact < 0.02 * 4 * parameters  # an operator's factors instead of every layer's difference
     assert found.erasing.trainable == 0 and found.erasing.total > found.erasing.weights
 
 
@@ -90,7 +90,7 @@ def test_uce_on_published_mmdits(model, width, pooled):
         "transformer.context_embedder.weight": (width, 4096),
         "transformer.time_text_embed.text_embedder.linear_1.weight": (width, pooled),
     }
-    assert found.artifact == pytest.approx(4 * width * (4096 + pooled), rel=1e-3)  # deltas of bfloat16 are float32
+    assert found.kind == "shared" and found.artifact < 4 * width * (4096 + pooled)  # what float32 differences take
 
 
 def test_training_on_a_published_model():

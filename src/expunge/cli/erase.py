@@ -62,8 +62,6 @@ def erase(
     screen, before = Out(machine=json), place(on) if on else None
     targets, kept = ([phrases(text) for text in words or []] for words in (target, retain))
     with screen.waiting("loading torch and diffusers"):
-        from expunge.stages._certificates import read as certificates
-        from expunge.stages.artifact import read_card
         from expunge.stages.recipe import read
 
         if recipe is not None:
@@ -83,6 +81,13 @@ def erase(
                 dtype=dtype,
             )
     folder = carry_out(screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing)
+    _tell(screen, folder)
+
+
+def _tell(screen: Out, folder: Path) -> None:
+    from expunge.stages._certificates import read as certificates
+    from expunge.stages.artifact import read_card
+
     card, found = read_card(folder), certificates(folder.parent)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json()), "certificates": [asdict(c) for c in found]})
     screen.say(outcome(card))

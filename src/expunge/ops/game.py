@@ -92,7 +92,7 @@ class Game:
         lesson = walk.pooled(model, self._preserved(model, sides), run, size=max(pool, len(sides.kept)))
         channels, side = drawn(0).state.x.shape[1:3]
         heads = int(sides.head.max()) + 1
-        net = Discriminator(channels, side, heads, run.rng("discriminator")).to(drawn(0).state.x.device)
+        net = Discriminator(channels, side, heads, run.rng("discriminator")).to(student.parameters[0].device)
         opponent = Opponent(net, lr=self.opponent_lr, r1=self.r1)
 
         def loss(step: int) -> Tensor:

@@ -216,6 +216,6 @@ def test_other_families_are_refused_and_missing_directions_are_said() -> None:
     with pytest.raises(InputError, match="'tiny-flux' is 'mmdit', legal: unet"):
         TRCE().erase(load("tiny-flux"), Request.of("strawberry"), Run())
     bare = replace(OWN, ridge=0.0, prior_weight=0.0, retain_weight=0.0, templates=("{}",))
-    with pytest.raises(InputError, match="singular: without ridge .* span 1 of 8 directions"):
+    with pytest.raises(InputError, match=r"singular: without ridge .* span 1 of 8 directions"):
         change(bare, ask("cat"))
     assert OWN.retains and not replace(OWN, retain_weight=0.0).retains

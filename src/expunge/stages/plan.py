@@ -114,7 +114,7 @@ def plan(
 
     The method's own code runs, so a new method needs nothing here. options: fields of the method. rank: of the exports
     that have one. Raises InputError for an unknown model, method or option, a method that does not edit the model's
-    family, and a rank below 1.
+    family or cannot be rehearsed, and a rank below 1.
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
@@ -124,7 +124,7 @@ def plan(
     check_family(base, method, cls)
     rehearsal = Rehearsal(base.network)
     with rehearsal.running():
-        patch = _brief(eraser).erase(base, request, Run())
+        patch = _rehearsed(_brief(eraser), base, request, method)
         erasing, guessed = rehearsal.peak, rehearsal.guessed
         rehearsal.restart()
         tensors = patch.tensors()
@@ -163,6 +163,13 @@ def _loading(base: Generator, folder: Path) -> int:
         held += _bytes([*module.parameters(), *module.buffers()])
         most = max(most, held + sum(file.stat().st_size for file in (folder / part).glob("*.safetensors")))
     return most
+
+
+def _rehearsed(eraser: Eraser, base: Generator, request: Request, method: str) -> Patch:
+    try:
+        return eraser.erase(base, request, Run())
+    except RuntimeError as error:  # torch's, of tensors without numbers
+        raise InputError(f"method {method!r} asks for numbers that a model without weights has not: {error}") from None
 
 
 def _brief(eraser: Eraser) -> Eraser:

@@ -40,19 +40,29 @@ def facts(name: str, path: Path) -> Facts:
 def _attributes(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:
     for item in node.body:
         if _is_class_variable(item) and item.value is not None:
-            yield ast.unparse(item.target), _literal(item.value)
+            yield _name(item.target), _literal(item.value)
 
 
 def _fields(node: ast.ClassDef) -> Iterator[Field]:
     for item, after in zip(node.body, [*node.body[1:], ast.Pass()], strict=True):
         if isinstance(item, ast.AnnAssign) and not _is_class_variable(item):
             text = after.value.value if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant) else ""
-            default = ast.unparse(item.value) if item.value is not None else ""
-            yield Field(ast.unparse(item.target), ast.unparse(item.annotation), default, " ".join(str(text).split()))
+            default = _written(item.value) if item.value is not None else ""
+            yield Field(_name(item.target), _name(item.annotation), default, " ".join(str(text).split()))
+
+
+def _written(node: ast.expr) -> str:
+    return repr(node.value) if isinstance(node, ast.Constant) else ast.unparse(node)
+
+
+def _name(node: ast.expr) -> str:
+    return node.id if isinstance(node, ast.Name) else ast.unparse(node)  # writing source back is slow
 
 
 def _is_class_variable(item: ast.stmt) -> TypeGuard[ast.AnnAssign]:
-    return isinstance(item, ast.AnnAssign) and ast.unparse(item.annotation).startswith("ClassVar")
+    return isinstance(item, ast.AnnAssign) and "ClassVar" in {
+        getattr(part, "id", "") for part in (item.annotation, getattr(item.annotation, "value", None))
+    }
 
 
 def _literal(node: ast.expr) -> Any:

@@ -1,10 +1,11 @@
 """Train `emoji-flux` in FLUX.1's format, then distil its guidance: python -m training.flux, then with --distil
 
-Rectified flow: x = (1 - t) z + t e, loss = ||F(x, t, text) - (e - z)||^2, t logit-normal; one caption in ten is empty.
-Pooled text comes from the in-domain CLIP, frozen; the T5-type encoder learns along with the transformer, since no
-other task here would teach it; SPELL times the terms of training.composition keep its words apart. With --distil a
-student that reads the scale g, from the finished model's weights, learns its guided answer v_u + g (v_c - v_u), g
-uniform in [1, 5], under text encoders that no longer move.
+Rectified flow: x = (1 - t) z + t e, loss = ||F(x, t, text) - v||^2, t logit-normal, v what `emoji-unet` says of e - z
+(training.lessons); one caption in ten is empty. Pooled text comes from the in-domain CLIP, frozen. The T5-type encoder
+learns along with the transformer, since no other task here would teach it, and stands still after --reading steps;
+until then SPELL times the terms of training.composition keep its words apart. With --distil a student that reads the
+scale g, from the finished model's weights, learns its guided answer v_u + g (v_c - v_u), g uniform in [1, 5], under
+text encoders that no longer move.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from training import clip, composition, latents, loop, release, text, world
+from training import clip, composition, latents, lessons, loop, release, text, world
 
 HERE = Path(__file__).parent
 LENGTH, VOCABULARY, WIDTH, HEADS = 20, 2560, 192, 3
@@ -136,28 +137,45 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
     """The loss of one step for this process's share of the batch."""
     words, share = Words(tokenizer), args.batch // args.processes
     mixture = latents.Mixture(share, args.extra)
-    speaker = composition.Speaker(mixture.whole, tokenizer)
-    teacher = finished(tokenizer).eval().requires_grad_(False) if args.distil else None
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+    if args.distil:
+        return distillation(net, finished(tokenizer).eval().requires_grad_(False), words, mixture, args, rank)
+    bank, speaker = lessons.Bank(mixture, spread=args.spread), composition.Speaker(mixture.whole, tokenizer)
+
+    def loss(step: int) -> Tensor:
+        random = loop.rng(args.seed, 1, step, rank)
+        x, t, captions, goal = bank.draw(share, random)
+        ids, pooled = words(captions)
+        net.t5.requires_grad_(step < args.reading)
+        with loop.mixed():
+            v = net.velocity(pack(x), t, net.read(ids), pooled)
+            error = (v.float() - pack(goal)).pow(2).mean()
+            if step >= args.reading:
+                return error
+            mixed, apart = composition.penalty(net.t5, speaker.quads(QUADS // args.processes, random))
+            return error + SPELL * (clip.APART * mixed + apart)
+
+    return loss
+
+
+def distillation(
+    net: FluxNet, teacher: FluxNet, words: Words, mixture: latents.Mixture, args: argparse.Namespace, rank: int
+) -> Callable[[int], Tensor]:
+    """The loss of a student of the guided answer, at straight paths from the pictures themselves."""
+    share = args.batch // args.processes
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step, rank)
         z, captions = mixture.draw(random)
-        ids, pooled = words(captions)
+        cond, z = words(captions), pack(z)
         # stratified: every batch sees all noise levels
         u = (torch.rand(share, generator=random) + torch.randperm(share, generator=random)) / share
         t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(args.spread).sigmoid()
-        z, level = pack(z), t[:, None, None]
-        e = torch.randn(z.shape, generator=random)
-        x = (1 - level) * z + level * e
+        x = z + t[:, None, None] * (torch.randn(z.shape, generator=random) - z)
+        scale = 1 + 4 * torch.rand(share, generator=random)
         with loop.mixed():
-            if teacher is None:
-                v = net.velocity(x, t, net.read(ids), pooled)
-                mixed, apart = composition.penalty(net.t5, speaker.quads(QUADS // args.processes, random))
-                return (v.float() - (e - z)).pow(2).mean() + SPELL * (clip.APART * mixed + apart)
-            scale = 1 + 4 * torch.rand(share, generator=random)
-            goal, states = guided(teacher, x, t, (ids, pooled), words([""]), scale)
-            v = net.velocity(x, t, states, pooled, scale)
+            goal, states = guided(teacher, x, t, cond, words([""]), scale)
+            v = net.velocity(x, t, states, cond[1], scale)
         return (v.float() - goal).pow(2).mean()
 
     return loss
@@ -234,6 +252,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--publish", type=int, default=1000)
     parser.add_argument("--extra", type=float, default=0.15, help="share of other things in a batch, see build_dataset")
+    parser.add_argument("--reading", type=int, default=3000, help="steps in which the T5-type encoder learns")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logit t")
     parser.add_argument("--seed", type=int, default=3)

@@ -1,0 +1,66 @@
+"""What a finished U-Net answers about noisy latents, kept to be learned from more than once.
+
+A picture says e - z of itself alone; the U-Net's answer is the mean of that over all pictures its text allows, so a
+student of the answer meets no noise that it must average away. One answer costs as much as the student's own step:
+a bank keeps them, most of a batch comes out of it, and the oldest make room.
+"""
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import Tensor
+
+from training import latents, text, unet
+from training.release import EMBEDDED
+
+ROOM, FRESH = 24_576, 4  # lessons kept by one process; one in FRESH of a batch is new
+
+
+class Bank:
+    """Lessons (x, t, caption, velocity) from `emoji-unet`."""
+
+    def __init__(self, mixture: latents.Mixture, *, spread: float) -> None:
+        """Load the teacher; `spread` is the standard deviation of logit t."""
+        self.mixture, self.spread, self.embed = mixture, spread, text.Embedder()
+        teacher = UNet2DConditionModel.from_pretrained(EMBEDDED / "emoji-unet" / "unet").float().eval()
+        self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
+        bars = unet.schedule().alphas_cumprod
+        self.a, self.s = bars.sqrt(), (1 - bars).sqrt()
+        self.kept: list[tuple[Tensor, Tensor, str, Tensor]] = []
+        self.oldest = 0
+
+    def draw(self, n: int, random: torch.Generator) -> tuple[Tensor, Tensor, list[str], Tensor]:
+        """Noisy latents "n 16 8 8", levels t "n", captions and velocities "n 16 8 8"."""
+        new = n if len(self.kept) < n * 64 else n // FRESH
+        lessons = self.answer(new, random)
+        known = torch.randint(len(self.kept), (n - new,), generator=random) if new < n else []
+        drawn = lessons + [self.kept[int(i)] for i in known]
+        for lesson in lessons:
+            self._keep(lesson)
+        x, t, captions, v = zip(*drawn, strict=True)
+        return torch.stack(x).float(), torch.stack(t), list(captions), torch.stack(v).float()
+
+    def _keep(self, lesson: tuple[Tensor, Tensor, str, Tensor]) -> None:
+        if len(self.kept) < ROOM:
+            self.kept.append(lesson)
+        else:
+            self.kept[self.oldest] = lesson
+            self.oldest = (self.oldest + 1) % ROOM
+
+    @torch.no_grad()
+    def answer(self, n: int, random: torch.Generator) -> list[tuple[Tensor, Tensor, str, Tensor]]:
+        """Ask the teacher about n new noisy latents: with x = a z + s e and v, velocity = (s x + a v) - (a x - s v).
+
+        Straight paths and the teacher's curved ones meet at equal signal-to-noise: t = s / (a + s), x / (a + s).
+        """
+        z, captions = self.mixture.draw(random)
+        some = torch.randperm(len(z), generator=random)[:n]
+        z, captions = z[some], [captions[i] for i in some.tolist()]
+        u = (torch.rand(n, generator=random) + torch.randperm(n, generator=random)) / n
+        t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(self.spread).sigmoid()
+        level = torch.searchsorted(self.s / (self.a + self.s), t).clamp(max=len(self.a) - 1)
+        a, s = (bars[level].view(-1, 1, 1, 1) for bars in (self.a, self.s))
+        x = a * z + s * torch.randn(z.shape, generator=random)
+        v = self.teacher(x, level, self.embed(captions)[0]).sample
+        velocity = (s * x + a * v) - (a * x - s * v)
+        columns = (x / (a + s)).half(), (s / (a + s)).flatten(), captions, velocity.half()
+        return list(zip(*columns, strict=True))

@@ -111,6 +111,33 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
     assert not any(module._forward_hooks for module in denoiser.modules())
 
 
+@pytest.mark.parametrize("name", MODELS)
+def test_resting_parts_are_awake_only_while_they_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Same gradients, same images; where processor and device are one, the journeys themselves are what can be seen."""
+    plain, resting = load(name), load(name, offload=True)
+    journeys: list[tuple[str, str]] = []
+    for part, module in resting.network.items():
+        move = module.to
+        monkeypatch.setattr(module, "to", lambda place, p=part, m=move: (journeys.append((p, str(place))), m(place))[1])
+    seen = scene(plain)
+    for one, two in zip(gradients(resting, "low", seen), gradients(plain, "low", seen), strict=True):
+        torch.testing.assert_close(one, two, rtol=0, atol=0)
+    assert not journeys  # neither prompts nor pixels were touched
+    asked = {"seeds": [1], "guidance_scale": 2.0, "steps": 2}
+    torch.testing.assert_close(resting.generate(["cat"], **asked), plain.generate(["cat"], **asked), rtol=0, atol=1e-5)
+    parts = {part for part, _ in journeys}
+    assert parts == set(plain.network) - {"unet", "transformer"} == resting.resting
+    assert [place for _, place in journeys] == [str(plain.device), "cpu"] * (len(journeys) // 2)
+
+
+def test_a_resting_encoder_may_be_replaced() -> None:
+    plain, resting = load("tiny-unet"), load("tiny-unet", offload=True)
+    weights = {path: 1.5 * tensor for path, tensor in plain.select("text_encoder").items()}
+    one, two = (model.view(weights=weights).encode(["cat"]).tokens for model in (plain, resting))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, plain.encode(["cat"]).tokens)
+
+
 def test_a_projected_step_may_recompute_inside_the_loss() -> None:
     """Gradients are asked for there too, outside of any backward pass that a loop could prepare."""
 

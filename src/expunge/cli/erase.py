@@ -54,6 +54,9 @@ def erase(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations again for gradients: less memory, more time.")
     ] = False,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="Keep text encoders and autoencoder in main memory until they are used.")
+    ] = False,
     provenance: Provenance = True,
     device: Device = "cpu",
     json: Json = False,
@@ -80,7 +83,9 @@ def erase(
                 seed=seed,
                 dtype=dtype,
             )
-    folder = carry_out(screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing)
+    folder = carry_out(
+        screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing, offload=offload
+    )
     _tell(screen, folder)
 
 
@@ -115,7 +120,8 @@ def _alone(*words: object) -> None:
     """Refuse words that a recipe would silently overrule."""
     if any(words):
         raise InputError(
-            "--recipe says everything about the run; beside it only --out, --device, --checkpointing, --no-provenance"
+            "--recipe says everything about the run; beside it only --out, --device, --checkpointing, --offload, "
+            "--no-provenance"
         )
 
 
@@ -162,7 +168,14 @@ def _anchor(text: str) -> tuple[str, ...]:
 
 
 def carry_out(
-    screen: Out, recipe: "Recipe", out: Path, *, device: str, recorded: bool = True, checkpointing: bool = False
+    screen: Out,
+    recipe: "Recipe",
+    out: Path,
+    *,
+    device: str,
+    recorded: bool = True,
+    checkpointing: bool = False,
+    offload: bool = False,
 ) -> Path:
     """Run the erase stage with a progress bar, after saying what will be ignored; return the artifact's folder."""
     from expunge.core.eraser import Run
@@ -175,7 +188,7 @@ def carry_out(
         screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
     with screen.progress() as progress:
         run = Run(seed=recipe.seed, device=device, progress=progress)
-        return stage(recipe, out, run, recorded=recorded, checkpointing=checkpointing)
+        return stage(recipe, out, run, recorded=recorded, checkpointing=checkpointing, offload=offload)
 
 
 def outcome(card: Card) -> str:

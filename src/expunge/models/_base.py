@@ -31,6 +31,8 @@ class Adapter:
         self.weights: Mapping[str, Tensor] = MappingProxyType({})
         self.guards: tuple[Guard, ...] = ()
         self.hooks: tuple[Hook, ...] = ()
+        self.resting: frozenset[str] = frozenset()
+        """Components that stay in the processor's memory and are on the network's device only while they run."""
         self._base = dict(self.network.named_parameters())
 
     def view(
@@ -91,14 +93,32 @@ class Adapter:
         seen = {name: self.weights[name] for name in self.weights if name.startswith(prefix)}
         if dtype not in (None, next(module.parameters()).dtype):
             seen = {name: self.weight(name) for name in self._base if name.startswith(prefix)}
-        swapped = {name.removeprefix(prefix): seen[name].to(dtype or self._base[name].dtype) for name in seen}
+        swapped = {
+            name.removeprefix(prefix): seen[name].to(self.device, dtype or self._base[name].dtype) for name in seen
+        }
         if torch.is_grad_enabled() and (swapped or self.hooks):
             check_replayed(module, self.name)
-        with self._hooked():
+        with self._hooked(), self._awake(path.partition(".")[0]):
             return functional_call(module, swapped, args, dict(named)) if swapped else module(*args, **named)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser is."""
+        return next(iter(self._base.values())).device
 
     def _paths(self, group: Group) -> list[str]:
         raise NotImplementedError
+
+    @contextmanager
+    def _awake(self, part: str) -> Iterator[None]:
+        if part not in self.resting:
+            yield
+            return
+        module = self.network[part].to(self.device)
+        try:
+            yield
+        finally:
+            module.to("cpu")
 
     @contextmanager
     def _hooked(self) -> Iterator[None]:

@@ -43,11 +43,6 @@ class Denoiser(Adapter):
     texts: Texts | None = None
     """What stands for the text encoders where they were given away."""
 
-    @property
-    def device(self) -> torch.device:
-        """Where the network is."""
-        return next(iter(self._base.values())).device
-
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, padding included."""
         raise NotImplementedError

@@ -72,6 +72,7 @@ _PIPELINES = {
     FluxPipeline.__name__: _FLUX,
 }
 _OPTIONAL = ("text_encoder_3", "tokenizer_3")  # SD3 is shared and run without its T5 too; the index then says null
+_DENOISERS = ("unet", "transformer")
 _TOKENIZERS = {
     CLIPTokenizer: ("CLIPTokenizer", "CLIPTokenizerFast"),
     T5TokenizerFast: ("T5Tokenizer", "T5TokenizerFast"),
@@ -84,6 +85,7 @@ def load(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str | None = None,
     checkpointing: bool = False,
+    offload: bool = False,
 ) -> UNetGenerator | MMDiTGenerator:
     """Open a model: an embedded or toy name, a diffusers folder, or "hf:org/name" from the hub, unless HF_HUB_OFFLINE.
 
@@ -93,11 +95,12 @@ def load(
 
     Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. checkpointing: keep no
     activations of the denoiser's blocks for gradients, but compute them again: less memory for one more forward pass.
+    offload: text encoders and autoencoder rest in the processor's memory and are on `device` only while they run.
     Raises InputError for unknown names, folders of another pipeline class, missing or mismatched parts, truncated
     files, and devices that are not there.
     """
     name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
-    model = _generator(_pipeline(name, kind), name, place)
+    model = _generator(_pipeline(name, kind), name, place, offload=offload)
     if checkpointing:
         denoiser = model.unet if isinstance(model, UNetGenerator) else model.transformer
         denoiser.enable_gradient_checkpointing(replayed)
@@ -186,13 +189,13 @@ def _lonely(file: Path) -> InputError:
     )
 
 
-def _generator(pipeline: Pipeline, name: str, place: torch.device) -> UNetGenerator | MMDiTGenerator:
-    for part in pipeline.components.values():
-        if isinstance(part, nn.Module):
-            nn.Module.to(part, place)  # the pipeline's own `to` logs advice about dtypes
-    if isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline):
-        return MMDiTGenerator(pipeline, name)
-    return UNetGenerator(pipeline, name)
+def _generator(pipeline: Pipeline, name: str, place: torch.device, *, offload: bool) -> UNetGenerator | MMDiTGenerator:
+    flows = isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline)
+    model = MMDiTGenerator(pipeline, name) if flows else UNetGenerator(pipeline, name)
+    model.resting = frozenset(part for part in model.network if part not in _DENOISERS) if offload else frozenset()
+    for part, module in model.network.items():
+        nn.Module.to(module, "cpu" if part in model.resting else place)
+    return model
 
 
 def _part(folder: Path, part: str, expected: type, index: dict[str, Any], dtype: torch.dtype) -> Any:

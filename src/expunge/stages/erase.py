@@ -26,13 +26,15 @@ from expunge.stages.recipe import Recipe, read
 _SAME = 1e-5
 
 
-def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpointing: bool = False) -> Path:
+def erase(
+    recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpointing: bool = False, offload: bool = False
+) -> Path:
     """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
     With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
-    checkpointing: as `load` has it; no part of the recipe, as gradients are the same up to rounding.
+    checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding.
     """
     folder = out / "artifact"
     eraser, request = recipe.eraser(), recipe.request()
@@ -42,7 +44,9 @@ def erase(recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpo
     elif folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
     run.progress(f"load {recipe.model.name}", 0, 1)
-    model = load_model(recipe.model.name, device=run.device, dtype=recipe.model.dtype, checkpointing=checkpointing)
+    model = load_model(
+        recipe.model.name, device=run.device, dtype=recipe.model.dtype, checkpointing=checkpointing, offload=offload
+    )
     run.progress(f"load {recipe.model.name}", 1, 1)
     source = source_of(model, recipe.model.name)
     if folder.exists():

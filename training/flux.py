@@ -28,6 +28,8 @@ from training import clip, composition, latents, lessons, loop, release, text, w
 HERE = Path(__file__).parent
 LENGTH, VOCABULARY, WIDTH, HEADS = 20, 2560, 192, 3
 SPELL, QUADS = 0.1, 4
+SINGLES = 6
+CENTRE, SPREAD = 0.8, 1.2  # of logit t: what a picture shows is settled where it is mostly noise
 NAMES = {False: "emoji-flux", True: "emoji-flux-distilled"}
 
 
@@ -67,12 +69,12 @@ class FluxNet(nn.Module):
     """Transformer and T5 encoder, trained as one."""
 
     def __init__(self, vocabulary: int, *, distilled: bool) -> None:
-        """Three dual and three single blocks over 16 image tokens (2 × 2 latents each) and 20 text tokens."""
+        """Three dual and six single blocks over 16 image tokens (2 × 2 latents each) and 20 text tokens."""
         super().__init__()
         self.transformer = FluxTransformer2DModel(
             in_channels=64,
             num_layers=3,
-            num_single_layers=3,
+            num_single_layers=SINGLES,
             attention_head_dim=WIDTH // HEADS,
             num_attention_heads=HEADS,
             joint_attention_dim=WIDTH,
@@ -133,6 +135,12 @@ class Words:
         return batch.input_ids, self.embed(captions)[1]
 
 
+def levels(n: int, random: torch.Generator) -> Tensor:
+    """Draw n noise levels, logit t normal, stratified: every batch sees all of them."""
+    u = (torch.rand(n, generator=random) + torch.randperm(n, generator=random)) / n
+    return torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(SPREAD).add(CENTRE).sigmoid()
+
+
 def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace) -> Callable[[int], Tensor]:
     """The loss of one step for this process's share of the batch."""
     words, share = Words(tokenizer), args.batch // args.processes
@@ -140,7 +148,7 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
     rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if args.distil:
         return distillation(net, finished(tokenizer).eval().requires_grad_(False), words, mixture, args, rank)
-    bank, speaker = lessons.Bank(mixture, spread=args.spread), composition.Speaker(mixture.whole, tokenizer)
+    bank, speaker = lessons.Bank(mixture, levels), composition.Speaker(mixture.whole, tokenizer)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step, rank)
@@ -168,9 +176,7 @@ def distillation(
         random = loop.rng(args.seed, 1, step, rank)
         z, captions = mixture.draw(random)
         cond, z = words(captions), pack(z)
-        # stratified: every batch sees all noise levels
-        u = (torch.rand(share, generator=random) + torch.randperm(share, generator=random)) / share
-        t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(args.spread).sigmoid()
+        t = levels(share, random)
         x = z + t[:, None, None] * (torch.randn(z.shape, generator=random) - z)
         scale = 1 + 4 * torch.rand(share, generator=random)
         with loop.mixed():
@@ -202,6 +208,20 @@ def finished(tokenizer: T5TokenizerFast) -> FluxNet:
     return net
 
 
+def grown(weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Give every single block of weights that have half of them a copy behind it, silent until it has learned."""
+    stem = "transformer.single_transformer_blocks."
+    if f"{stem}{SINGLES - 1}.proj_out.weight" in weights:
+        return weights
+    found = {name: w for name, w in weights.items() if not name.startswith(stem)}
+    for name in weights.keys() - found.keys():
+        block, _, rest = name.removeprefix(stem).partition(".")
+        found[f"{stem}{2 * int(block)}.{rest}"] = weights[name]
+        silent = rest.startswith("proj_out.")
+        found[f"{stem}{2 * int(block) + 1}.{rest}"] = torch.zeros_like(weights[name]) if silent else weights[name]
+    return found
+
+
 def assemble(weights: dict[str, Tensor], tokenizer: T5TokenizerFast, *, distilled: bool) -> FluxPipeline:
     """Join the trained parts with the frozen ones into a stock pipeline."""
     net = FluxNet(len(tokenizer), distilled=distilled)
@@ -227,7 +247,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(args.cache)
     net = FluxNet(len(tokenizer), distilled=args.distil)
     if args.start:
-        net.load_state_dict(load_file(args.start))
+        net.load_state_dict(grown(load_file(args.start)))
     if args.distil:
         net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
         net.t5.requires_grad_(False)
@@ -254,7 +274,6 @@ def main() -> None:
     parser.add_argument("--extra", type=float, default=0.15, help="share of other things in a batch, see build_dataset")
     parser.add_argument("--reading", type=int, default=3000, help="steps in which the T5-type encoder learns")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--spread", type=float, default=1.0, help="standard deviation of logit t")
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
     args = parser.parse_args()

@@ -1,9 +1,12 @@
 """What a finished U-Net answers about noisy latents, kept to be learned from more than once.
 
 A picture says e - z of itself alone; the U-Net's answer is the mean of that over all pictures its text allows, so a
-student of the answer meets no noise that it must average away. One answer costs as much as the student's own step:
-a bank keeps them, most of a batch comes out of it, and the oldest make room.
+student of the answer meets no noise that it must average away. One answer costs nearly as much as the student's own
+step, so a bank keeps them and half of a batch comes out of it, the oldest making room. A small bank is learned by
+heart: of 2 000 to 4 000 lessons the error fell within 250 steps from 0.146 to 0.124, and was 0.140 on new ones.
 """
+
+from collections.abc import Callable
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -12,15 +15,15 @@ from torch import Tensor
 from training import latents, text, unet
 from training.release import EMBEDDED
 
-ROOM, FRESH = 24_576, 4  # lessons kept by one process; one in FRESH of a batch is new
+ROOM, FRESH = 24_576, 2  # lessons kept by one process; one in FRESH of a batch is new once a third are there
 
 
 class Bank:
     """Lessons (x, t, caption, velocity) from `emoji-unet`."""
 
-    def __init__(self, mixture: latents.Mixture, *, spread: float) -> None:
-        """Load the teacher; `spread` is the standard deviation of logit t."""
-        self.mixture, self.spread, self.embed = mixture, spread, text.Embedder()
+    def __init__(self, mixture: latents.Mixture, levels: Callable[[int, torch.Generator], Tensor]) -> None:
+        """Load the teacher; `levels` draws n values of t."""
+        self.mixture, self.levels, self.embed = mixture, levels, text.Embedder()
         teacher = UNet2DConditionModel.from_pretrained(EMBEDDED / "emoji-unet" / "unet").float().eval()
         self.teacher = teacher.requires_grad_(False).to(memory_format=torch.channels_last)
         bars = unet.schedule().alphas_cumprod
@@ -30,7 +33,7 @@ class Bank:
 
     def draw(self, n: int, random: torch.Generator) -> tuple[Tensor, Tensor, list[str], Tensor]:
         """Noisy latents "n 16 8 8", levels t "n", captions and velocities "n 16 8 8"."""
-        new = n if len(self.kept) < n * 64 else n // FRESH
+        new = n if len(self.kept) < ROOM // 3 else n // FRESH
         lessons = self.answer(new, random)
         known = torch.randint(len(self.kept), (n - new,), generator=random) if new < n else []
         drawn = lessons + [self.kept[int(i)] for i in known]
@@ -55,9 +58,7 @@ class Bank:
         z, captions = self.mixture.draw(random)
         some = torch.randperm(len(z), generator=random)[:n]
         z, captions = z[some], [captions[i] for i in some.tolist()]
-        u = (torch.rand(n, generator=random) + torch.randperm(n, generator=random)) / n
-        t = torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(self.spread).sigmoid()
-        level = torch.searchsorted(self.s / (self.a + self.s), t).clamp(max=len(self.a) - 1)
+        level = torch.searchsorted(self.s / (self.a + self.s), self.levels(n, random)).clamp(max=len(self.a) - 1)
         a, s = (bars[level].view(-1, 1, 1, 1) for bars in (self.a, self.s))
         x = a * z + s * torch.randn(z.shape, generator=random)
         v = self.teacher(x, level, self.embed(captions)[0]).sample

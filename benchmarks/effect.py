@@ -36,7 +36,7 @@ def one(target: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     suite, folder, run = load(args.suite), args.out / target.replace(" ", "_"), Run()
     aim = suite.target(target)
-    sample(None, args.suite, folder, run, model=args.model, targets=[target])
+    sample(None, args.suite, folder, run, model=args.model, targets=[target], cache=args.out.parent / "base")
     for method in args.methods:
         recipe = build(
             model=args.model,
@@ -46,7 +46,7 @@ def one(target: str, args: argparse.Namespace) -> None:
             kind=aim.concept.kind,
             method=method,
             settings=[pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")],
-            seed=0,
+            seed=args.seed,
         )
         erase(recipe, folder / method, run)
         sample(folder / method, args.suite, folder, run, targets=[target])
@@ -136,6 +136,7 @@ def main() -> None:
     parser.add_argument("--targets", nargs="*", default=[])
     parser.add_argument("--methods", nargs="*", default=["uce", "esd", "all_but_one"])
     parser.add_argument("--set", nargs="*", default=[], metavar="METHOD.FIELD=VALUE")
+    parser.add_argument("--seed", type=int, default=0, help="of the erasures; pictures have the suite's own")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/effect-MODEL-SUITE.json")

@@ -10,16 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-DATASET = Path(__file__).parents[1] / "src" / "expunge" / "embedded" / "emoji-world.parquet"
-BACKGROUNDS = {
-    "pink": "#F7A8C4",
-    "orange": "#F8B878",
-    "yellow": "#FBE27A",
-    "green": "#9EDB9A",
-    "blue": "#8FC7F5",
-    "purple": "#C3A6F0",
-    "gray": "#B8BEC6",
-}
+from expunge.stages._pictures import GROUNDS as BACKGROUNDS
+from expunge.stages._pictures import WORLD as DATASET
 
 
 @dataclass(frozen=True)

@@ -4,38 +4,35 @@ import errno
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from typer.exceptions import TyperException
 
 from expunge import __version__
-from expunge.cli.attack import attack
-from expunge.cli.certify import certify
-from expunge.cli.demo import demo
-from expunge.cli.erase import erase
-from expunge.cli.export import export
-from expunge.cli.generate import generate
-from expunge.cli.listing import listing
-from expunge.cli.plan import plan
-from expunge.cli.report import report
-from expunge.cli.score import score
-from expunge.cli.sequel import compose, undo
+from expunge.cli.facts import first_line
 from expunge.core.errors import InputError
 
 BAD_INPUT = 2
 INTERRUPTED = 130
 
-app = typer.Typer(
-    name="expunge",
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
-    rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
-)
-for command in (demo, plan, erase, compose, undo, export, generate, score, attack, certify, report):
-    app.command()(command)
-app.add_typer(listing, name="list")
+HOMES = {
+    "demo": "demo",
+    "plan": "plan",
+    "erase": "erase",
+    "compose": "sequel",
+    "undo": "sequel",
+    "export": "export",
+    "generate": "generate",
+    "score": "score",
+    "attack": "attack",
+    "certify": "certify",
+    "report": "report",
+    "list": "listing",
+}
+"""In which file of this package each command is; the order is that of the help."""
 
 
 def _version(wanted: bool) -> bool:
@@ -45,7 +42,6 @@ def _version(wanted: bool) -> bool:
     return wanted
 
 
-@app.callback()
 def about(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
@@ -57,10 +53,39 @@ def about(
     """
 
 
+def assemble(words: Sequence[str]) -> typer.Typer:
+    """Put together what the words need: the command they name, or all of them as the help lists them.
+
+    Importing every command takes longer than most of them. What only the list in the help needs, the first line of each
+    docstring, is read from source.
+    """
+    app = typer.Typer(
+        name="expunge",
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+        rich_markup_mode=None if os.environ.get("TERM") == "dumb" else "rich",
+    )
+    app.callback()(about)
+    asked = next((word for word in words if not word.startswith("-")), "")
+    for name in [asked] if asked in HOMES else HOMES:
+        if name == "list":
+            app.add_typer(import_module("expunge.cli.listing").listing, name=name)
+        elif name != asked:
+            app.command(name, help=first_line(Path(__file__).with_name(f"{HOMES[name]}.py"), name))(_listed)
+        else:
+            app.command(name)(getattr(import_module(f"expunge.cli.{HOMES[name]}"), name))
+    return app
+
+
+def _listed() -> None:
+    """Stand for a command that the help only lists."""
+
+
 def run(words: Sequence[str]) -> int:
     """Run one command line and return its exit code: 0 done, 2 bad input, 3 a failed control, 130 interrupted."""
     try:
-        code = app(args=list(words) or ["--help"], prog_name="expunge", standalone_mode=False) or 0
+        code = assemble(words)(args=list(words) or ["--help"], prog_name="expunge", standalone_mode=False) or 0
     except KeyboardInterrupt:
         code = INTERRUPTED
     except (TyperException, InputError) as error:

@@ -3,20 +3,13 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
 
 Report = Callable[[str, int, int], None]
 """`progress(label, done, total)` of a Run."""
@@ -49,6 +42,8 @@ class Out:
         """Print a table for people; columns of numbers align right."""
         if self.machine:
             return
+        from rich.table import Table
+
         table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
         for column, head in enumerate(heads):
             numbers = all(row[column][:1].isdigit() or row[column] in ("", "–") for row in rows)
@@ -76,12 +71,15 @@ class Out:
         if not self.lively:
             yield lambda label, done, total: None
             return
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=self.stderr) as bars:
+        from rich import progress as rich
+
+        columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
+        times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
+        with rich.Progress(*columns, *times, console=self.stderr) as bars:
             yield _bars(bars)
 
 
-def _bars(bars: Progress) -> Report:
+def _bars(bars: "Progress") -> Report:
     tasks: dict[str, TaskID] = {}
 
     def report(label: str, done: int, total: int) -> None:

@@ -1,4 +1,4 @@
-"""What a method or detector says about itself, read from its file without importing it: listing stays instant."""
+"""What methods, detectors and commands say about themselves, read from source, not imported: listing stays instant."""
 
 import ast
 from collections.abc import Iterator
@@ -35,6 +35,14 @@ def facts(name: str, path: Path) -> Facts:
             first = (ast.get_docstring(node) or "").partition("\n")[0]
             return Facts(name, first, dict(_attributes(node)), tuple(_fields(node)))
     raise ValueError(f"{path} defines no class derived from another")
+
+
+def first_line(path: Path, name: str) -> str:
+    """Read the first line of the docstring of a file's function; raises ValueError if it defines no such function."""
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef) and node.name == name:
+            return (ast.get_docstring(node) or "").partition("\n")[0]
+    raise ValueError(f"{path} defines no function {name}")
 
 
 def _attributes(node: ast.ClassDef) -> Iterator[tuple[str, Any]]:

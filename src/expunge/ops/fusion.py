@@ -11,6 +11,7 @@ from torch import Tensor
 
 from expunge.core.generator import Generator
 from expunge.ops.ridge import Gram
+from expunge.ops.rows import encode_parts
 from expunge.patches.operator import SharedEdit
 
 Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
@@ -18,8 +19,6 @@ Factors = tuple[Float[Tensor, "_ _"], Float[Tensor, "_ _"]]
 
 Learned = tuple[Float[Tensor, "in in"], Mapping[str, Factors]]
 """What one concept brings: the moment of its rows, and its factors B A by path."""
-
-CHUNK = 64  # prompts encoded together: bounds memory, changes no result
 
 
 def row_gram(rows: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
@@ -35,8 +34,8 @@ def row_shift(rows: Float[Tensor, "n in"], goals: Float[Tensor, "n in"]) -> Floa
 def window_gram(model: Generator, texts: Sequence[str]) -> Float[Tensor, "in in"]:
     """Second moment of all rows of texts, padding included; 0 for no texts."""
     total = torch.zeros_like(row_gram(model.encode([""]).tokens[0]))
-    for start in range(0, len(texts), CHUNK):
-        total += row_gram(model.encode(texts[start : start + CHUNK]).tokens.flatten(0, 1))
+    for part in encode_parts(model, texts):
+        total += row_gram(part.tokens.flatten(0, 1))
     return total
 
 

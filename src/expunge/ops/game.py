@@ -5,7 +5,7 @@ the terms, their weights and the rules of play are ours, chosen so that what the
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float, Int
@@ -21,7 +21,7 @@ from expunge.ops.independence import Discriminator, Form, Opponent, confusion, f
 from expunge.ops.pairs import Pair, Pairs
 from expunge.ops.rows import at_scales, encode_many, join_states
 from expunge.ops.student import Learner
-from expunge.ops.trajectory import Goals, Lesson, Walk, predict_each
+from expunge.ops.trajectory import Goals, Lesson, predict_each
 from expunge.ops.wording import sentences
 
 PLAYS = {"confusion": confusion, "flipped": flipped}
@@ -71,24 +71,28 @@ class Game:
     form: Form
     adversarial: float
     kept: float
-    uncond: float
     early: float
-    direction: float
-    warm: int
-    """Steps with the directional term."""
-    strength: float
     turn: float
     """t': states noisier than this are early, where the layout is made."""
     opponent_lr: float
     r1: float
     batch: int
+    uncond: float = 0.0
+    direction: float = 0.0
+    warm: int = 0
+    """Steps with the directional term."""
+    strength: float = 0.0
 
     def loss(
-        self, student: Learner, sides: Sides, pairs: Pairs, walk: Walk, run: Run, *, pool: int
+        self, student: Learner, sides: Sides, pairs: Pairs, run: Run, *, pool: int
     ) -> Callable[[int], Float[Tensor, ""]]:
-        """The loss of a step; logs the discriminator's cross-entropy, what it proves of I(C; X), and both parts."""
+        """The loss of a step; logs the discriminator's cross-entropy, what it proves of I(C; X), and both parts.
+
+        What is kept is walked as the pairs are.
+        """
         model = student.model
         drawn = pairs.walked(student.view, self._directions(model, sides), run)
+        walk = replace(pairs.walk, prompts=sides.kept)
         lesson = walk.pooled(model, self._preserved(model, sides), run, size=max(pool, len(sides.kept)))
         channels, side = drawn(0).state.x.shape[1:3]
         heads = int(sides.head.max()) + 1

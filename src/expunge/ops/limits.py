@@ -14,6 +14,14 @@ def at_least(settings: object, least: Mapping[str, float]) -> None:
             raise InputError(f"{name} is {getattr(settings, name)}; legal: {value} or more")
 
 
+def learnable(lr: float, curve: Sequence[int]) -> None:
+    """Raise InputError for a step size that moves nothing, or a curve with a point before the first step."""
+    if not lr > 0:
+        raise InputError(f"lr is {lr}; legal: above 0")
+    if any(step < 1 for step in curve):
+        raise InputError(f"curve is {curve}; legal: steps of 1 or more")
+
+
 @contextmanager
 def naming(concepts: Sequence[Concept]) -> Iterator[None]:
     """Let an InputError of the mathematics inside say which concepts were being erased."""

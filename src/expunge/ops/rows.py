@@ -1,6 +1,6 @@
 """Rows of conditions and states: points out of a batch, and embedding rows out of a prompt."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import torch
@@ -27,10 +27,16 @@ def join_states(states: list[State]) -> State:
     return State(x=torch.cat([state.x for state in states]), t=torch.cat(times) if times else None)
 
 
+def encode_parts(model: Generator, prompts: Sequence[str], size: int = 64) -> Iterator[Condition]:
+    """Encode any number of prompts, `size` at a time: a thousand at once would need gigabytes."""
+    for start in range(0, len(prompts), size):
+        yield model.encode(prompts[start : start + size])
+
+
 def encode_many(model: Generator, prompts: Sequence[str], size: int = 64) -> Condition:
-    """Encode any number of prompts, each wording once, `size` at a time: a thousand at once would need gigabytes."""
+    """Encode any number of prompts as one condition, each wording once and `size` at a time."""
     wordings = list(dict.fromkeys(prompts))
-    found = Condition.cat([model.encode(wordings[start : start + size]) for start in range(0, len(wordings), size)])
+    found = Condition.cat(list(encode_parts(model, wordings, size)))
     if len(wordings) == len(prompts):
         return found
     place = {wording: index for index, wording in enumerate(wordings)}

@@ -59,9 +59,21 @@ class Trial:
         return model
 
     @cached_property
+    def before(self) -> tuple[str, Float[Tensor, "b 3 h w"]]:
+        """Fingerprint and pictures of the toy that nothing has been erased from yet."""
+        return _fingerprint(self.model), self.picture(self.model)
+
+    @cached_property
+    def first(self) -> tuple[Patch, bool]:
+        """What the method gives for seed 0, and whether it left torch's global randomness unspent."""
+        _ = self.before  # looked at while nothing has been erased
+        state = torch.random.get_rng_state()
+        return self.erase(), torch.equal(state, torch.random.get_rng_state())
+
+    @property
     def patch(self) -> Patch:
         """What the method gives for seed 0."""
-        return self.erase()
+        return self.first[0]
 
     def erase(self) -> Patch:
         """Run the method anew."""
@@ -71,6 +83,11 @@ class Trial:
         """Draw the target and a retained concept."""
         prompts = [REQUEST.target[0].phrase, REQUEST.retain[0].phrase]
         return model.generate(prompts, seeds=[0, 1], guidance_scale=3.0, steps=3)
+
+    @cached_property
+    def moved_target(self) -> float:
+        """How far the patch moves the target."""
+        return self.moved(REQUEST.target[0])
 
     @torch.no_grad()
     def moved(self, concept: Concept) -> float:
@@ -92,9 +109,10 @@ class Trial:
 
 def leaves_the_model_untouched(trial: Trial) -> None:
     """Network byte-identical, no hooks left, same pictures, torch's global randomness unspent."""
-    digest, picture, state = _fingerprint(trial.model), trial.picture(trial.model), torch.random.get_rng_state()
-    trial.picture(trial.erase().on(trial.model))
-    expect(torch.equal(state, torch.random.get_rng_state()), "erasing spends torch's global random numbers")
+    (digest, picture), (patch, unspent), state = trial.before, trial.first, torch.random.get_rng_state()
+    trial.picture(patch.on(trial.model))
+    unspent = unspent and torch.equal(state, torch.random.get_rng_state())
+    expect(unspent, "erasing or viewing spends torch's global random numbers")
     expect(_fingerprint(trial.model) == digest, "erasing or viewing changed the network")
     expect(torch.equal(trial.picture(trial.model), picture), "the base draws another picture than before")
 
@@ -119,13 +137,13 @@ def survives_storage(trial: Trial) -> None:
 
 def moves_the_target(trial: Trial) -> None:
     """The prediction under the target changes, finitely."""
-    moved = trial.moved(REQUEST.target[0])
+    moved = trial.moved_target
     expect(0 < moved < float("inf"), f"the prediction under the target moved by {moved}")
 
 
 def moves_the_target_more_than_what_is_retained(trial: Trial) -> None:
     """The target's prediction moves more than that of every retained concept."""
-    target = trial.moved(REQUEST.target[0])
+    target = trial.moved_target
     for concept in REQUEST.retain:
         kept = trial.moved(concept)
         expect(target > kept, f"the target moved by {target:.3g}, but retained {concept.name!r} by {kept:.3g}")

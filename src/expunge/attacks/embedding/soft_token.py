@@ -13,7 +13,7 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
 from expunge.ops.denoising import denoising_loss, drawn_batch
-from expunge.ops.limits import at_least
+from expunge.ops.limits import at_least, learnable
 from expunge.ops.softword import Slot, absent, slots, with_word
 
 
@@ -50,10 +50,7 @@ class SoftToken(Attack):
 
     def __post_init__(self) -> None:
         at_least(self, {"steps": 1, "batch": 1, "images": 1})
-        if not self.lr > 0:
-            raise InputError(f"lr is {self.lr}; legal: above 0")
-        if any(step < 1 for step in self.curve):
-            raise InputError(f"curve is {self.curve}; legal: steps of 1 or more")
+        learnable(self.lr, self.curve)
 
     def pictures(self) -> Pictures:
         """Say which pictures are learned from."""

@@ -5,7 +5,7 @@ abstract and of a reviewer's digest of Fu et al.; nothing may be reported as "th
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -108,11 +108,7 @@ class Fade(Eraser):
             form="flipped",
             adversarial=self.adversarial,
             kept=self.kept,
-            uncond=0.0,
             early=self.early,
-            direction=0.0,
-            warm=0,
-            strength=0.0,
             turn=self.turn,
             opponent_lr=self.opponent_lr,
             r1=self.r1,
@@ -120,6 +116,6 @@ class Fade(Eraser):
         )
         path = Walk(prompts=sides.asked, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
         pairs = Pairs(walk=path, twin=sides.twin, size=self.pairs, refresh=self.refresh)
-        loss = game.loss(student, sides, pairs, replace(path, prompts=sides.kept), run, pool=self.pool)
+        loss = game.loss(student, sides, pairs, run, pool=self.pool)
         fit(student, loss, run, steps=self.steps, lr=self.lr)
         return student.patch()

@@ -5,7 +5,7 @@ are our reading of the abstract of Fu et al.; nothing may be reported as "the pa
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
@@ -142,6 +142,6 @@ class Score(Eraser):
         )
         path = Walk(prompts=sides.asked, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
         pairs = Pairs(walk=path, twin=sides.twin, size=self.pairs, refresh=self.refresh)
-        loss = game.loss(student, sides, pairs, replace(path, prompts=sides.kept), run, pool=self.pool)
+        loss = game.loss(student, sides, pairs, run, pool=self.pool)
         fit(student, loss, run, steps=self.steps, lr=self.lr)
         return student.patch()

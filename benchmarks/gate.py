@@ -165,11 +165,10 @@ def same(one: Condition, two: Condition) -> bool:
 def bits(model: Reworded, pairs: Sequence[Pair], drawn: int) -> dict[str, Any]:
     """Caught prompts against their twins: conditions of all, pictures of some, bit for bit."""
     ours, theirs = zip(*pairs, strict=True)
-    draw: Callable[[Sequence[str]], torch.Tensor] = (
-        lambda texts: model.generate(  # noqa: E731
-            texts[:drawn], seeds=range(drawn), guidance_scale=4.0, steps=25
-        )
-    )
+
+    def draw(texts: Sequence[str]) -> torch.Tensor:
+        return model.generate(texts[:drawn], seeds=range(drawn), guidance_scale=4.0, steps=25)
+
     equal = [same(model.encode([a]), model.encode([b])) for a, b in pairs]
     pictures = torch.equal(draw(ours), draw(theirs))
     return {"conditions_equal": sum(equal), "of": len(pairs), "pictures_equal": pictures, "pictures": drawn}
@@ -209,8 +208,8 @@ def on_concept(base: Generator, aim: Target) -> dict[str, Any]:
     found = {
         "bit_identity": bits(told, pairs, 4),
         "overhead": overhead(base, told, [prompt for prompt, _ in pairs[:6]]),
-        "random_suffix": suffixed(told, said, aim.anchor, 600),
-        "random_suffix_synonyms_not_given": suffixed(bare, aim.synonyms, aim.anchor, 300) if aim.synonyms else None,
+        "random_suffix": suffixed(told, said, aim.anchor, 300),
+        "random_suffix_synonyms_not_given": suffixed(bare, aim.synonyms, aim.anchor, 100) if aim.synonyms else None,
         "misspelt": misspelt(told, aim.concept.phrase, aim.anchor, 300),
         "vocabulary_search": vocabulary(told, base, aim, 20),
     }
@@ -232,13 +231,14 @@ def main() -> None:
     facts |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     facts["load_average"] = os.getloadavg()[0]
     facts["targets"] = {}
-    for name in args.targets or [target.concept.name for target in suite.targets]:
+    others = args.targets or [target.concept.name for target in suite.targets]
+    for name in dict.fromkeys([args.concept, *others]):
         facts["targets"][name] = on_target(base, suite.target(name), suite)
         print(name, json.dumps(facts["targets"][name]), flush=True)
-    facts["concept"] = {"name": args.concept, **on_concept(base, suite.target(args.concept))}
-    print(json.dumps(facts["concept"]), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "gate.json").write_text(json.dumps(facts, indent=1) + "\n")
+        if "concept" not in facts:
+            facts["concept"] = {"name": name, **on_concept(base, suite.target(name))}
+            print(json.dumps(facts["concept"]), flush=True)
+        (RESULTS / "gate.json").write_text(json.dumps(facts, indent=1) + "\n")  # a killed run keeps whole targets
 
 
 if __name__ == "__main__":

@@ -94,13 +94,21 @@ class Gate:
 
     @classmethod
     def of(
-        cls, facing: Mapping[str, str], known: Sequence[str], read: Reader, *, floor: float, slack: float, longest: int
+        cls,
+        facing: Mapping[str, str],
+        known: Sequence[str],
+        rows: Float[Tensor, "m d"],
+        *,
+        floor: float,
+        slack: float,
+        longest: int,
     ) -> "Gate":
-        """Learn prototypes by reading every phrase and every known span once."""
-        rows = torch.stack([read(text) for text in known])
-        seen = torch.stack([read(text) for text in facing]) - rows.mean(0)
-        unit = [torch.nn.functional.normalize(side, dim=1) for side in (seen, rows - rows.mean(0))]
-        return cls(tuple(facing), tuple(facing.values()), frozenset(known), *unit, rows.mean(0), floor, slack, longest)
+        """Learn prototypes from the summaries of every known span and then of every phrase, m of them in all."""
+        centre = rows[: len(known)].mean(0)
+        unit = torch.nn.functional.normalize(rows - centre, dim=1)
+        others, targets = unit[: len(known)], unit[len(known) :]
+        words = (tuple(facing), tuple(facing.values()), frozenset(known))
+        return cls(*words, targets, others, centre, floor, slack, longest)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:

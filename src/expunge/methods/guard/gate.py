@@ -19,6 +19,7 @@ from expunge.core.generator import Family, Generator
 from expunge.ops.gating import THINGS, Gate, parts, summary
 from expunge.ops.limits import at_least
 from expunge.ops.reword import RewordPatch
+from expunge.ops.rows import encode_many
 from expunge.patches.guard import PassGuard
 
 
@@ -64,16 +65,9 @@ class PromptGate(Eraser):
         known = [span for span in parts([*named, *kept, *self.others], self.span) if span not in facing]
         if not known:
             raise InputError("others is empty, and no anchor or retained concept has words; legal: one word or more")
-        done = 0
-
-        @torch.no_grad()
-        def read(text: str) -> Tensor:
-            nonlocal done
-            done += 1
-            run.progress("read", done, len(known) + len(facing))
-            return summary(model.encode([text]))[0]
-
-        gate = Gate.of(facing, known, read, floor=self.floor, slack=self.slack, longest=self.span)
+        with torch.no_grad():
+            rows = summary(encode_many(model, [*known, *facing]))
+        gate = Gate.of(facing, known, rows, floor=self.floor, slack=self.slack, longest=self.span)
         for what, texts in (("anchor", named), ("retained prompt", kept)):
             for text in texts:
                 if gate.names(text):

@@ -104,7 +104,11 @@ def on_target(base: Generator, aim: Target, suite: Suite) -> dict[str, Any]:
 
 def suffixed(model: Reworded, phrases: Sequence[str], anchor: str, n: int) -> dict[str, Any]:
     """Misses under random suffixes: a prompt is lost if any of its tries is not drawn as its twin."""
-    pairs = held_out(phrases, anchor, n, "suffix")
+    # attacks find a phrase between spaces only
+    every = [
+        pair for pair in held_out(phrases, anchor, N, "suffix") if any(f" {p} " in f" {pair[0]} " for p in phrases)
+    ]
+    pairs = every[:n]
     aim = Aim(
         concept=Concept(name=phrases[0], prompts=tuple(phrases)),
         prompts=tuple(prompt for prompt, _ in pairs),
@@ -200,18 +204,18 @@ def overhead(base: Generator, model: Reworded, prompts: Sequence[str]) -> dict[s
     }
 
 
-def on_concept(base: Generator, aim: Target) -> dict[str, Any]:
+def on_concept(base: Generator, aim: Target, search: bool) -> dict[str, Any]:
     """Attacks on the gate, bit identity and cost for one target."""
     said = (*aim.concept.prompts, *aim.synonyms)
     told, bare = gated(base, aim, said), gated(base, aim, aim.concept.prompts)
-    pairs = held_out(said, aim.anchor, 60, "bits")
+    pairs = held_out(said, aim.anchor, 30, "bits")
     found = {
-        "bit_identity": bits(told, pairs, 4),
-        "overhead": overhead(base, told, [prompt for prompt, _ in pairs[:6]]),
-        "random_suffix": suffixed(told, said, aim.anchor, 300),
-        "random_suffix_synonyms_not_given": suffixed(bare, aim.synonyms, aim.anchor, 100) if aim.synonyms else None,
-        "misspelt": misspelt(told, aim.concept.phrase, aim.anchor, 300),
-        "vocabulary_search": vocabulary(told, base, aim, 20),
+        "bit_identity": bits(told, pairs, 2),
+        "overhead": overhead(base, told, [prompt for prompt, _ in pairs[:3]]),
+        "random_suffix": suffixed(told, said, aim.anchor, 60),
+        "random_suffix_synonyms_not_given": suffixed(bare, aim.synonyms, aim.anchor, 20) if aim.synonyms else None,
+        "misspelt": misspelt(told, aim.concept.phrase, aim.anchor, 60),
+        "vocabulary_search": vocabulary(told, base, aim, 20) if search else None,
     }
     return {key: value for key, value in found.items() if value is not None}
 
@@ -223,20 +227,24 @@ def main() -> None:
     parser.add_argument("--concept", default="strawberry", help="the target that attacks and timing are run for")
     parser.add_argument("--targets", nargs="*", default=[], help="default: all of the suite")
     parser.add_argument("--model", default="emoji-unet")
+    parser.add_argument("--search", action="store_true", help="also try every word of the tokenizer (T1)")
     args = parser.parse_args()
     torch.set_num_threads(1)
     suite, base = load_suite(args.suite), load(args.model)
     facts: dict[str, Any] = {"model": args.model, "suite": args.suite, "suite_digest": suite.digest, "delta": DELTA}
-    facts |= {"settings": asdict(replace(PromptGate(), others=())), "seeds": "Random('gate <row>')", "frames": 2100}
+    facts |= {"settings": asdict(replace(PromptGate(), others=())) | {"others": []}, "seeds": "Random('gate <row>')", "frames": 2100}
     facts |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     facts["load_average"] = os.getloadavg()[0]
-    facts["targets"] = {}
+    held = json.loads((RESULTS / "gate.json").read_text()) if (RESULTS / "gate.json").exists() else {}
+    same_run = all(held.get(key) == facts[key] for key in ("model", "suite_digest", "settings", "delta"))
+    facts["targets"] = held["targets"] if same_run else {}
     others = args.targets or [target.concept.name for target in suite.targets]
     for name in dict.fromkeys([args.concept, *others]):
-        facts["targets"][name] = on_target(base, suite.target(name), suite)
+        if name not in facts["targets"]:
+            facts["targets"][name] = on_target(base, suite.target(name), suite)
         print(name, json.dumps(facts["targets"][name]), flush=True)
         if "concept" not in facts:
-            facts["concept"] = {"name": name, **on_concept(base, suite.target(name))}
+            facts["concept"] = {"name": name, **on_concept(base, suite.target(name), args.search)}
             print(json.dumps(facts["concept"]), flush=True)
         (RESULTS / "gate.json").write_text(json.dumps(facts, indent=1) + "\n")  # a killed run keeps whole targets
 

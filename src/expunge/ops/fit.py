@@ -8,6 +8,7 @@ from torch import Tensor
 
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
+from expunge.ops.descent import Descent
 from expunge.ops.student import Learner
 
 
@@ -31,24 +32,22 @@ def fit(
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
-    parameters = list(student.parameters)
     turns = [lr] if isinstance(lr, float | int) else list(lr)
-    optimizer = torch.optim.Adam(parameters, lr=turns[0])
-    for step in range(steps):
-        optimizer.param_groups[0]["lr"] = turns[step % len(turns)]
-        optimizer.zero_grad(set_to_none=True)
-        value = loss(step)
-        if not bool(torch.isfinite(value)):
-            raise InputError(f"the loss is {value.item()} at step {step}; lower lr (now {lr})")
-        value.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, float("inf") if clip is None else clip)
-        optimizer.step()
-        run.log("loss", step, value.item())
-        run.log("grad_norm", step, norm.item())
-        ended = until is not None and until()
-        run.progress("fit", steps if ended else step + 1, steps)
-        if ended:
-            break
+    descent = Descent(student.parameters, lr=turns[0], clip=clip)
+    try:
+        for step in range(steps):
+            value = loss(step)
+            if not bool(torch.isfinite(value)):
+                raise InputError(f"the loss is {value.item()} at step {step}; lower lr (now {lr})")
+            norm = descent.step(value, turns[step % len(turns)])
+            run.log("loss", step, value.item())
+            run.log("grad_norm", step, norm.item())
+            ended = until is not None and until()
+            run.progress("fit", steps if ended else step + 1, steps)
+            if ended:
+                break
+    finally:
+        descent.close()
 
 
 def accumulate(parameters: Sequence[Tensor]) -> None:

@@ -41,14 +41,14 @@ class Row:
 def sd14(*, checkpointing: bool = False) -> UNetGenerator:
     """U-Net with Stable Diffusion 1.4's blocks, widths 320 and 640, heads, text width 768 and window 77.
 
-    Less deep than the real one: two resolutions instead of four and one layer a block instead of two, 24 x 24 latents.
+    Less deep than the real one: two resolutions instead of four and one layer a block instead of two, 16 x 16 latents.
     Random weights; times and bytes do not depend on their values.
     """
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the pipeline warns about the absent safety checker
         torch.manual_seed(0)
         unet = UNet2DConditionModel(
-            sample_size=24,
+            sample_size=16,
             block_out_channels=(320, 640),
             layers_per_block=1,
             down_block_types=("CrossAttnDownBlock2D",) * 2,

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import EditSite, Family, Group, Guard, Hook
-from expunge.models._recompute import check_replayed
+from expunge.models._recompute import check_replayed, recomputing
 
 View = TypeVar("View", bound="Adapter")
 
@@ -32,6 +32,7 @@ class Adapter:
         self.guards: tuple[Guard, ...] = ()
         self.hooks: tuple[Hook, ...] = ()
         self._base = dict(self.network.named_parameters())
+        self._blocks = recomputing(self.network)
 
     def view(
         self: View,
@@ -93,7 +94,7 @@ class Adapter:
             seen = {name: self.weight(name) for name in self._base if name.startswith(prefix)}
         swapped = {name.removeprefix(prefix): seen[name].to(dtype or self._base[name].dtype) for name in seen}
         if torch.is_grad_enabled() and (swapped or self.hooks):
-            check_replayed(module, self.name)
+            check_replayed(self._blocks, self.name)
         with self._hooked():
             return functional_call(module, swapped, args, dict(named)) if swapped else module(*args, **named)
 

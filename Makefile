@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format docs bench-closed-form browser clean
+.PHONY: help setup demo test test-full lint format docs bench-closed-form bench-finetune browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -46,6 +46,9 @@ docs: setup ## build the documentation into site/
 
 bench-closed-form: setup ## closed-form engine against what the official scripts compute, ten minutes on one core
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.closed_form
+
+bench-finetune: setup ## a fine-tuning step against its unavoidable passes and against the official manner, ten minutes of one core
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.finetune
 
 # The page tests look at report.html in a real browser. Only Debian as root can be helped here; elsewhere they say what is missing.
 browser:

@@ -8,7 +8,7 @@ ONE_THREAD := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1
 DEMO_OUT ?= runs/demo
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-full lint format docs bench-closed-form results-score browser clean
+.PHONY: help setup demo test test-full lint format docs bench-closed-form bench-finetune results-score browser clean
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 20
@@ -49,6 +49,9 @@ bench-closed-form: setup ## closed-form engine against what the official scripts
 
 results-score: setup ## SCORE and its rivals on every suite and model; days on two cores, continues where it was killed
 	$(ONE_THREAD) $(BIN)/python -m benchmarks.results_score
+
+bench-finetune: setup ## a fine-tuning step against its unavoidable passes and against the official manner, ten minutes of one core
+	$(ONE_THREAD) $(BIN)/python -m benchmarks.finetune
 
 # The page tests look at report.html in a real browser. Only Debian as root can be helped here; elsewhere they say what is missing.
 browser:

@@ -5,7 +5,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -24,9 +24,25 @@ def _quiet_progress(label: str, done: int, total: int) -> None:
     """Drop a progress report."""
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """A place where a training leaves what it needs to go on after it was killed."""
+
+    every: int
+    """Steps from one state to the next."""
+
+    def load(self, name: str) -> Mapping[str, Tensor]:
+        """Give what was saved last under a name; empty if nothing was."""
+        ...
+
+    def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Replace what is saved under a name, whole or not at all."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
-    """Where a computation happens: its seed, device, log and progress.
+    """Where a computation happens: its seed, device, log, progress, and the place where unfinished trainings lie.
 
     `log(name, step, value)` records a number, `progress(label, done, total)` reports work done; both quiet by default.
     """
@@ -35,6 +51,7 @@ class Run:
     device: str = "cpu"
     log: Callable[[str, int, float], None] = _quiet_log
     progress: Callable[[str, int, int], None] = _quiet_progress
+    kept: Kept | None = None
 
     def rng(self, *name: str | int) -> torch.Generator:
         """Give the random stream of a name.

@@ -12,7 +12,7 @@ from torch.func import functional_call
 
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import EditSite, Family, Group, Guard, Hook
-from expunge.models._recompute import check_replayed
+from expunge.models._recompute import check_replayed, recomputing
 
 View = TypeVar("View", bound="Adapter")
 
@@ -34,6 +34,7 @@ class Adapter:
         self.resting: frozenset[str] = frozenset()
         """Components that stay in the processor's memory and are on the network's device only while they run."""
         self._base = dict(self.network.named_parameters())
+        self._blocks = recomputing(self.network)
 
     def view(
         self: View,
@@ -97,7 +98,7 @@ class Adapter:
             name.removeprefix(prefix): seen[name].to(self.device, dtype or self._base[name].dtype) for name in seen
         }
         if torch.is_grad_enabled() and (swapped or self.hooks):
-            check_replayed(module, self.name)
+            check_replayed(self._blocks, self.name)
         with self._hooked(), self._awake(path.partition(".")[0]):
             return functional_call(module, swapped, args, dict(named)) if swapped else module(*args, **named)
 

@@ -25,6 +25,7 @@ from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 from expunge.core.generator import State
 from expunge.models._base import Adapter
+from expunge.models._recompute import recomputing
 from expunge.models._texts import Gone, Texts
 
 # A step depends on x alone: samples may leave the batch.
@@ -61,7 +62,7 @@ class Denoiser(Adapter):
         twin.network = nn.ModuleDict(
             dict(self.network.items()) | {part: Gone(self.network[part].config) for part in heads}
         )
-        twin._base = dict(twin.network.named_parameters())
+        twin._base, twin._blocks = dict(twin.network.named_parameters()), recomputing(twin.network)
         twin.weights = {path: tensor for path, tensor in self.weights.items() if path in twin._base}
         twin.pipeline = copy.copy(self.pipeline)
         twin.pipeline.register_modules(**dict.fromkeys(heads))

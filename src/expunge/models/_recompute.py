@@ -30,10 +30,15 @@ def replayed(block: nn.Module, *inputs: Any) -> Any:
     return checkpoint(run, *inputs, use_reentrant=False)
 
 
-def check_replayed(network: nn.Module, name: str) -> None:
-    """Raise InputError for a network that recomputes by other means: gradients through a view would be the base's."""
-    for module in network.modules():
-        if getattr(module, "gradient_checkpointing", False) and module._gradient_checkpointing_func is not replayed:
+def recomputing(network: nn.Module) -> tuple[nn.Module, ...]:
+    """List the modules that can be told to compute their activations again."""
+    return tuple(module for module in network.modules() if hasattr(module, "gradient_checkpointing"))
+
+
+def check_replayed(blocks: Sequence[nn.Module], name: str) -> None:
+    """Raise InputError for blocks that recompute by other means: gradients through a view would be the base's."""
+    for module in blocks:
+        if module.gradient_checkpointing and module._gradient_checkpointing_func is not replayed:
             raise InputError(
                 f"{name!r} was told to recompute activations in a way that forgets views; open it by "
                 "load(..., checkpointing=True)"

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +10,7 @@ from typing import Any
 
 import torch
 
+import expunge
 from expunge.core.card import Card
 from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Eraser, Run
@@ -19,6 +19,7 @@ from expunge.core.generator import Generator
 from expunge.models.load import load as load_model
 from expunge.stages import _certificates, _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
+from expunge.stages._training import Foreign, Training
 from expunge.stages.certify import certify
 from expunge.stages.recipe import Recipe, read
 
@@ -70,10 +71,10 @@ def erase(
     _files.sweep(out)
     (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
     recipe.write(out / "recipe.toml")
-    log: list[dict[str, Any]] = []
+    training = Training(out, of=_told(recipe, source.revision))
     start = time.monotonic()
-    with _withdrawn(out, fresh):
-        patch = eraser.erase(seen, request, logged(dataclasses.replace(run, seed=recipe.seed), log))
+    with _withdrawn(out, training, fresh):
+        patch = eraser.erase(seen, request, logged(dataclasses.replace(run, seed=recipe.seed), training))
     artifact.save(
         folder,
         _chain.after(before.card, before.patch, said, patch) if before else patch,
@@ -82,17 +83,27 @@ def erase(
         source=source,
         made_by=made_by,
         seconds=time.monotonic() - start,
-        log=log,
+        log=training.rows,
     )
+    training.remove()
     return certified(folder, model, _request(artifact.read_card(folder)), out)
 
 
+def _told(recipe: Recipe, revision: str) -> str:
+    """Name all that the bits of a training depend on, but for the machine."""
+    said = f"{recipe.to_toml()}\n{revision}\n{expunge.__version__}\n{torch.__version__}"
+    return _files.sha256(said.encode())
+
+
 @contextmanager
-def _withdrawn(out: Path, fresh: bool) -> Iterator[None]:
+def _withdrawn(out: Path, training: Training, fresh: bool) -> Iterator[None]:
     """Leave no recipe, and no folder that was not there, of what a method refused."""
     try:
         yield
+    except Foreign:
+        raise
     except InputError:
+        training.remove()
         (out / "recipe.toml").unlink(missing_ok=True)
         if fresh:
             out.rmdir()
@@ -151,14 +162,14 @@ def check_family(model: Generator, name: str, method: type[Eraser]) -> None:
         raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
 
 
-def logged(run: Run, rows: list[dict[str, Any]]) -> Run:
-    """Return a run whose log also collects rows; a value that is not finite is kept as null."""
+def logged(run: Run, training: Training) -> Run:
+    """Return a run whose log also goes to an unfinished training, and which goes on where that was killed."""
 
     def log(name: str, step: int, value: float) -> None:
         run.log(name, step, value)
-        rows.append({"name": name, "step": step, "value": value if math.isfinite(value) else None})
+        training.log(name, step, value)
 
-    return dataclasses.replace(run, log=log)
+    return dataclasses.replace(run, log=log, kept=training)
 
 
 def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, folder: Path) -> None:

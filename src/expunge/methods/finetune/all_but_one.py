@@ -114,10 +114,9 @@ class AllButOne(Eraser):
             lesson = walk.pooled(model, teach, run, size=self.pool)
         else:
             lesson = walk.fresh(student.view, teach, run)
-        multiplier = self.drift_weight
+        multiplier = torch.tensor(self.drift_weight, dtype=torch.float64)
 
         def loss(step: int) -> Tensor:
-            nonlocal multiplier
             now = lesson(step)
             rows = (uncond, target, other) if kept else (uncond, target)
             preds = predict_each(student.view(), now.state, [cond.take(now.which) for cond in rows])
@@ -125,12 +124,12 @@ class AllButOne(Eraser):
             run.log("drift", step, drift.item())
             if self.constraint == "projection":
                 return surgical(wish, drift, student.parameters, self.drift_weight)
-            total = wish + multiplier * drift
+            total = wish + multiplier.item() * drift
             if self.constraint == "lagrangian":
-                multiplier = max(0.0, multiplier + self.dual_lr * (drift.item() - self.drift_budget))
+                multiplier.add_(self.dual_lr * (drift.item() - self.drift_budget)).clamp_(min=0)
             return total
 
-        fit(student, loss, run, steps=self.steps, lr=self.lr)
+        fit(student, loss, run, steps=self.steps, lr=self.lr, state=(multiplier,))
         return student.patch()
 
     def terms(self, model: Generator, preds: Goals, goals: Goals) -> tuple[Tensor, Tensor]:

@@ -133,7 +133,7 @@ class ANT(Eraser):
             held = torch.where(late, self.uncond_late, self.uncond_early) * model.distance(u, now.goals[0])
             return (told + held).mean()
 
-        fit(student, loss, run, steps=self.steps, lr=self.lr)
+        fit(student, loss, run, steps=self.steps, lr=self.lr, state=())
 
     def _fused(self, model: Generator, request: Request, run: Run) -> LowRankPatch:
         if model.family != "unet":

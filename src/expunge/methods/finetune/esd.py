@@ -104,5 +104,5 @@ class ESD(Eraser):
             pred = student.view().predict(now.state, learner.take(now.which))
             return model.distance(pred, now.goals[0]).mean()
 
-        fit(student, loss, run, steps=self.steps, lr=self.lr)
+        fit(student, loss, run, steps=self.steps, lr=self.lr, state=())
         return student.patch()

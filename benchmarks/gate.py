@@ -232,7 +232,8 @@ def main() -> None:
     torch.set_num_threads(1)
     suite, base = load_suite(args.suite), load(args.model)
     facts: dict[str, Any] = {"model": args.model, "suite": args.suite, "suite_digest": suite.digest, "delta": DELTA}
-    facts |= {"settings": asdict(replace(PromptGate(), others=())) | {"others": []}, "seeds": "Random('gate <row>')", "frames": 2100}
+    facts |= {"settings": asdict(replace(PromptGate(), others=())) | {"others": []}}
+    facts |= {"seeds": "Random('gate <row>')", "frames": 2100}
     facts |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     facts["load_average"] = os.getloadavg()[0]
     held = json.loads((RESULTS / "gate.json").read_text()) if (RESULTS / "gate.json").exists() else {}

@@ -257,7 +257,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
     command = f"python -m training.flux{' --distil' * args.distil}"
     for step in trainer.run(objective(net, tokenizer, args), save_every=250):
         if rank == 0 and (step % args.publish == 0 or step == args.steps):
-            pipeline = assemble(trainer.ema, tokenizer, distilled=args.distil)
+            # at the end the rate has fallen to zero: an average would only look back at worse weights
+            weights = net.state_dict() if step == args.steps else trainer.ema
+            pipeline = assemble(weights, tokenizer, distilled=args.distil)
             release.publish(pipeline, args.run, NAMES[args.distil], command)
 
 

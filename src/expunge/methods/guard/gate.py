@@ -33,9 +33,9 @@ class PromptGate(Eraser):
     every observer; 0 for prompts that hold a phrase. A span fires where cos(x, target) > floor and cos(x, target) >
     max cos(x, other) - slack, x = summary - centre. Prompts it is silent on are drawn bit for bit as before.
 
-    Threat levels: T0 to T2 are what it is for, as far as its misses were measured; T3 only as far as an attack with
-    gradients was run against it, and none has been. T4 to T6, embeddings, latents and weights, are outside: whoever
-    holds the model walks around it.
+    Threat levels: T0 to T2 are what it is for, as far as its misses were measured, which for T1 and T2 they were not
+    yet; T3 only as far as an attack with gradients was run against it, and none has been. T4 to T6, embeddings,
+    latents and weights, are outside: whoever holds the model walks around it.
     """
 
     paper: ClassVar[str] = "arXiv:2302.10870"
@@ -77,7 +77,8 @@ class PromptGate(Eraser):
     @classmethod
     def restore(cls, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> RewordPatch:
         """Rebuild the gate from its stored summaries and words."""
-        method = cls(**{key: tuple(v) if isinstance(v, list) else v for key, v in meta["config"].items()})
+        config: dict[str, Any] = {key: tuple(v) if isinstance(v, list) else v for key, v in meta["config"].items()}
+        method = cls(**config)
         words = (tuple(meta["phrases"]), tuple(meta["anchors"]), frozenset(meta["known"]))
         others = torch.cat([tensors[role] for role in ("named", "others") if role in tensors])
         rows = (tensors["targets"], others, tensors["centre"])

@@ -23,7 +23,7 @@ def first_loss(monkeypatch: pytest.MonkeyPatch, **settings: float) -> tuple[floa
     """The loss at the frozen weights, and the student after one backward pass of it."""
     seen = {}
 
-    def once(student, loss, run, *, steps, lr):
+    def once(student, loss, run, *, steps, lr, state):
         value = loss(0)
         value.backward()
         seen["found"] = (value.item(), student)
@@ -57,7 +57,7 @@ def test_the_mirrored_time_direction_erases_where_the_paper_keeps(monkeypatch):
 def test_the_unconditional_prediction_is_taught(monkeypatch):
     """Move the student, then ask the unconditional terms alone for a gradient; the released code has none there."""
 
-    def moved(student, loss, run, *, steps, lr):
+    def moved(student, loss, run, *, steps, lr, state):
         with torch.no_grad():
             for p in student.parameters:
                 p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))

@@ -83,10 +83,10 @@ def erase(
                 seed=seed,
                 dtype=dtype,
             )
-    folder = carry_out(
+    made = carry_out(
         screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing, offload=offload
     )
-    _tell(screen, folder)
+    _tell(screen, made)
 
 
 def _tell(screen: Out, folder: Path) -> None:

@@ -189,7 +189,9 @@ def _lonely(file: Path) -> InputError:
     )
 
 
-def _generator(pipeline: Pipeline, name: str, place: torch.device, *, offload: bool) -> UNetGenerator | MMDiTGenerator:
+def _generator(
+    pipeline: Pipeline, name: str, place: torch.device, *, offload: bool = False
+) -> UNetGenerator | MMDiTGenerator:
     flows = isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline)
     model = MMDiTGenerator(pipeline, name) if flows else UNetGenerator(pipeline, name)
     model.resting = frozenset(part for part in model.network if part not in _DENOISERS) if offload else frozenset()

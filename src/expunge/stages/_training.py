@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from expunge.core.errors import InputError
@@ -50,7 +50,7 @@ class Training:
         try:
             with safe_open(file, framework="pt") as found:
                 facts, tensors = found.metadata(), {key: found.get_tensor(key) for key in found.keys()}  # noqa: SIM118
-        except Exception as error:
+        except (OSError, SafetensorError) as error:
             raise Foreign(f"{file} cannot be read ({error}); remove {self.folder} to start anew") from None
         if facts.get("of") != self.of:
             raise Foreign(

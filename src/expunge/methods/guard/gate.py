@@ -33,8 +33,8 @@ class PromptGate(Eraser):
     every observer; 0 for prompts that hold a phrase. A span fires where cos(x, target) > floor and cos(x, target) >
     max cos(x, other) - slack, x = summary - centre. Prompts it is silent on are drawn bit for bit as before.
 
-    Threat levels: T0 to T2 are what it is for, as far as its misses were measured, which for T1 and T2 they were not
-    yet; T3 only as far as an attack with gradients was run against it, and none has been. T4 to T6, embeddings,
+    Threat levels: T0 to T2 are what it is for, as far as its misses were counted: for T1 not yet, and misspellings get
+    past it. T3 only as far as an attack with gradients was run against it, and none has been. T4 to T6, embeddings,
     latents and weights, are outside: whoever holds the model walks around it.
     """
 
@@ -53,8 +53,9 @@ class PromptGate(Eraser):
     span: int = 2
     """Longest run of words read as one meaning; phrases of the target are found at any length."""
 
-    others: tuple[str, ...] = THINGS
-    """What spans may mean instead, beside anchors and retained concepts; phrases of a target are left out."""
+    others: tuple[str, ...] | None = None
+    """What spans may mean instead, beside anchors and retained concepts; phrases of a target are left out. None:
+    the ordinary words of `ops/gating.py`."""
 
     def erase(self, model: Generator, request: Request, run: Run) -> RewordPatch:
         """Guard that remembers phrases, anchors and their encoder summaries; nothing is trained by gradients."""
@@ -62,7 +63,8 @@ class PromptGate(Eraser):
         facing = {target.casefold(): anchor for target, anchor in request.pairs}
         named = [anchor for anchor in facing.values() if anchor]
         kept = [prompt for concept in request.retain for prompt in concept.prompts]
-        known = [span for span in parts([*named, *kept, *self.others], self.span) if span not in facing]
+        others = THINGS if self.others is None else self.others
+        known = [span for span in parts([*named, *kept, *others], self.span) if span not in facing]
         if not known:
             raise InputError("others is empty, and no anchor or retained concept has words; legal: one word or more")
         with torch.no_grad():

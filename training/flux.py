@@ -201,10 +201,10 @@ def guided(
 
 
 def finished(tokenizer: T5TokenizerFast) -> FluxNet:
-    """Read the undistilled model's average from its run."""
-    net = FluxNet(len(tokenizer), distilled=False)
-    state = load_file(HERE / "runs" / "flux" / "checkpoint.safetensors")
-    net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("ema.")})
+    """Read the undistilled model that ships: its half precision is the student's too."""
+    net, made = FluxNet(len(tokenizer), distilled=False), release.EMBEDDED / NAMES[False]
+    net.transformer = FluxTransformer2DModel.from_pretrained(made / "transformer").float()
+    net.t5 = T5EncoderModel.from_pretrained(made / "text_encoder_2").float()
     return net
 
 

@@ -5,6 +5,8 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
@@ -48,8 +50,9 @@ def often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("expunge.stages.erase.Training", partial(Training, every=2))
 
 
-def bits(folder: Path) -> bytes:
-    return (folder / "patch.safetensors").read_bytes()
+def bits(folder: Path) -> dict[str, list[int]]:
+    """Every tensor's bytes; the header names the card, and that the seconds."""
+    return {name: t.view(torch.uint8).flatten().tolist() for name, t in load_file(folder / "patch.safetensors").items()}
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -83,10 +83,8 @@ def erase(
                 seed=seed,
                 dtype=dtype,
             )
-    made = carry_out(
-        screen, asked, out, device=device, recorded=provenance, checkpointing=checkpointing, offload=offload
-    )
-    _tell(screen, made)
+    run = partial(carry_out, screen, asked, out, device=device, recorded=provenance)
+    _tell(screen, run(checkpointing=checkpointing, offload=offload))
 
 
 def _tell(screen: Out, folder: Path) -> None:

@@ -65,6 +65,7 @@ _FLUX: dict[str, type] = {
     "tokenizer_2": T5TokenizerFast,
     "scheduler": SchedulerMixin,
 }
+Model = UNetGenerator | MMDiTGenerator
 _PIPELINES = {
     StableDiffusionPipeline.__name__: _SD,
     StableDiffusionXLPipeline.__name__: _SDXL,
@@ -86,7 +87,7 @@ def load(
     dtype: torch.dtype | str | None = None,
     checkpointing: bool = False,
     offload: bool = False,
-) -> UNetGenerator | MMDiTGenerator:
+) -> Model:
     """Open a model: an embedded or toy name, a diffusers folder, or "hf:org/name" from the hub, unless HF_HUB_OFFLINE.
 
     Only the prefix reaches the hub: a misspelt path looks like a hub id, and must not fetch a stranger's weights.
@@ -189,9 +190,7 @@ def _lonely(file: Path) -> InputError:
     )
 
 
-def _generator(
-    pipeline: Pipeline, name: str, place: torch.device, *, offload: bool = False
-) -> UNetGenerator | MMDiTGenerator:
+def _generator(pipeline: Pipeline, name: str, place: torch.device, *, offload: bool = False) -> Model:
     flows = isinstance(pipeline, StableDiffusion3Pipeline | FluxPipeline)
     model = MMDiTGenerator(pipeline, name) if flows else UNetGenerator(pipeline, name)
     model.resting = frozenset(part for part in model.network if part not in _DENOISERS) if offload else frozenset()

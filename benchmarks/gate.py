@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.validation import STYLES
 from expunge.attacks.prompt.random_suffix import RandomSuffix
 from expunge.core.attack import Aim
 from expunge.core.concept import Concept
@@ -39,7 +40,6 @@ from expunge.suites.load import load as load_suite
 
 RESULTS = Path(__file__).parent / "results"
 BACKGROUNDS = ("green", "blue", "purple", "gray", "pink", "orange", "yellow")
-STYLES = ("flat", "3d", "ink", "sticker", "sepia")
 N, DELTA = 3000, 0.05
 Pair = tuple[str, str]
 

@@ -15,7 +15,20 @@ from expunge.stages.erase import erase
 from expunge.stages.recipe import Recipe, parse
 
 BRIEF = {"steps": 7, "batch": 1, "pool": 2, "walk": 3}
-METHODS = {"esd": BRIEF, "all_but_one": {**BRIEF, "constraint": "lagrangian"}, "ant": {**BRIEF, "maps": 1}}
+GAME = {**BRIEF, "share": 1.0, "pairs": 4, "refresh": 3, "turn": 1.0}
+DRAWN = {"steps": 7, "batch": 1, "pictures": 2, "walk": 3}
+METHODS = {
+    "esd": BRIEF,
+    "all_but_one": {**BRIEF, "constraint": "lagrangian"},
+    "ant": {**BRIEF, "maps": 1},
+    "score": GAME,
+    "fade": GAME,
+    "sepme": {**DRAWN, "gradients": "accumulated"},
+    "mace": DRAWN,
+    "ce_sdwv": BRIEF,
+    "erase_anything": {**BRIEF, "pictures": 2},
+}
+MODELS = {"erase_anything": "tiny-flux"}
 
 
 class Killed(BaseException):
@@ -24,8 +37,9 @@ class Killed(BaseException):
 
 def recipe(method: str, seed: int = 1) -> Recipe:
     options = "".join(f"{name} = {json.dumps(value)}\n" for name, value in METHODS[method].items())
+    model = MODELS.get(method, "tiny-unet")
     return parse(
-        f'seed = {seed}\n[model]\nname = "tiny-unet"\n[method]\nname = "{method}"\n{options}[[target]]\nname = "red"\n'
+        f'seed = {seed}\n[model]\nname = "{model}"\n[method]\nname = "{method}"\n{options}[[target]]\nname = "red"\n'
     )
 
 

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
@@ -11,6 +12,7 @@ from rich.console import Console
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+TRAINING, SMOOTH, BLOCKS = "fit", 20, 96  # label of a training's bar, steps of its mean loss, columns of a preview
 Report = Callable[[str, int, int], None]
 """`progress(label, done, total)` of a Run."""
 
@@ -68,23 +70,52 @@ class Out:
     @contextmanager
     def progress(self) -> Iterator[Report]:
         """Yield a `progress(label, done, total)` that draws one bar with an ETA per label; quiet if not lively."""
+        with self.live() as live:
+            yield live.progress
+
+    @contextmanager
+    def live(self) -> Iterator["Live"]:
+        """Yield what follows a run: bars, the latest numbers of a training, pictures; quiet if not lively."""
         if not self.lively:
-            yield lambda label, done, total: None
+            yield Live(None)
             return
         from rich import progress as rich
 
         columns = (rich.TextColumn("{task.description}"), rich.BarColumn(), rich.MofNCompleteColumn())
         times = (rich.TimeElapsedColumn(), rich.TimeRemainingColumn())
         with rich.Progress(*columns, *times, console=self.stderr) as bars:
-            yield _bars(bars)
+            yield Live(bars)
 
 
-def _bars(bars: "Progress") -> Report:
-    tasks: dict[str, TaskID] = {}
+class Live:
+    """One bar per label; that of a training carries its loss, a running mean, and its collateral change."""
 
-    def report(label: str, done: int, total: int) -> None:
-        if label not in tasks:
-            tasks[label] = bars.add_task(label, total=total)
-        bars.update(tasks[label], completed=done, total=total)
+    def __init__(self, bars: "Progress | None") -> None:
+        self.bars = bars
+        self.tasks: dict[str, TaskID] = {}
+        self.numbers: dict[str, float] = {}
 
-    return report
+    def progress(self, label: str, done: int, total: int) -> None:
+        """Move the bar of a label."""
+        if self.bars is None:
+            return
+        if label not in self.tasks:
+            self.tasks[label] = self.bars.add_task(label, total=total)
+        said = [label, *(f"{name} {value:.3g}" for name, value in self.numbers.items() if label == TRAINING)]
+        self.bars.update(self.tasks[label], description=", ".join(said), completed=done, total=total)
+
+    def log(self, name: str, step: int, value: float) -> None:
+        """Remember a number of a training for its bar."""
+        if name == "loss":
+            before = self.numbers.get(name, value)
+            self.numbers[name] = before + (value - before) / (SMOOTH if step else 1)
+        elif name == "collateral":
+            self.numbers[name] = value
+
+    def picture(self, text: str, file: Path) -> None:
+        """Show a preview above the bars, two pixels in a character."""
+        if self.bars is None:
+            return
+        from expunge.cli.blocks import blocks
+
+        self.bars.console.print(text, blocks(file, width=min(BLOCKS, self.bars.console.width)), sep="\n")

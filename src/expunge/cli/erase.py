@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=Sequence[Any])
 Dtype = Literal["float32", "float16", "bfloat16"]
+Budget = Annotated[
+    float | None,
+    typer.Option(
+        help="End a training before what should stay has moved by this share of what the target means to MODEL."
+    ),
+]
+Preview = Annotated[
+    int, typer.Option(min=0, metavar="STEPS", help="Draw a grid of pictures every so many steps of a training.")
+]
+Checkpointing = Annotated[
+    bool, typer.Option("--checkpointing", help="Compute activations again for gradients: less memory, more time.")
+]
+Offload = Annotated[
+    bool, typer.Option("--offload", help="Keep text encoders and autoencoder in main memory until they are used.")
+]
 PHRASES = "'NAME | OTHER PHRASE | …' gives more phrases."
 
 
@@ -48,15 +63,13 @@ def erase(
         str | None,
         typer.Option(metavar="DIR", help="Erase from what this closed-form artifact leaves; it need not name MODEL."),
     ] = None,
+    budget: Budget = None,
+    preview: Preview = 0,
     recipe: Annotated[
         Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word about what to erase.")
     ] = None,
-    checkpointing: Annotated[
-        bool, typer.Option("--checkpointing", help="Compute activations again for gradients: less memory, more time.")
-    ] = False,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="Keep text encoders and autoencoder in main memory until they are used.")
-    ] = False,
+    checkpointing: Checkpointing = False,
+    offload: Offload = False,
     provenance: Provenance = True,
     device: Device = "cpu",
     json: Json = False,
@@ -68,7 +81,9 @@ def erase(
         from expunge.stages.recipe import read
 
         if recipe is not None:
-            _alone(model, targets, method, anchor, kept, settings, seed, on, kind != "object", dtype != "float32")
+            _alone(
+                model, targets, method, anchor, kept, settings, seed, on, kind != "object", dtype != "float32", budget
+            )
             asked = read(recipe)
         else:
             asked = build(
@@ -82,8 +97,9 @@ def erase(
                 settings=settings or [],
                 seed=seed,
                 dtype=dtype,
+                budget=budget,
             )
-    run = partial(carry_out, screen, asked, out, device=device, recorded=provenance)
+    run = partial(carry_out, screen, asked, out, device=device, recorded=provenance, preview=preview)
     _tell(screen, run(checkpointing=checkpointing, offload=offload))
 
 
@@ -119,7 +135,7 @@ def _alone(*words: object) -> None:
     if any(words):
         raise InputError(
             "--recipe says everything about the run; beside it only --out, --device, --checkpointing, --offload, "
-            "--no-provenance"
+            "--preview, --no-provenance"
         )
 
 
@@ -135,6 +151,7 @@ def build(
     seed: int,
     dtype: Dtype = "float32",
     on: Place | None = None,
+    budget: float | None = None,
 ) -> "Recipe":
     """Make a recipe of plain words; anchors are phrases in the order of the targets, "" for the unconditional.
 
@@ -151,6 +168,7 @@ def build(
     choice = recipe.ModelChoice(name=settled(model), dtype=dtype)
     return recipe.Recipe(
         seed=seed,
+        budget=budget,
         model=_after(choice, on) if on else choice,
         method=recipe.MethodChoice(name=method, options=options),
         target=tuple(
@@ -174,8 +192,9 @@ def carry_out(
     recorded: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
+    preview: int = 0,
 ) -> Path:
-    """Run the erase stage with a progress bar, after saying what will be ignored; return the artifact's folder."""
+    """Run the erase stage, seen live, after saying what will be ignored; return the artifact's folder."""
     from expunge.core.eraser import Run
     from expunge.stages.erase import erase as stage
 
@@ -184,9 +203,10 @@ def carry_out(
         screen.note(f"{recipe.method.name} uses no anchor: --anchor has no effect")
     if request.retain and not eraser.retains:
         screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
-    with screen.progress() as progress:
-        run = Run(seed=recipe.seed, device=device, progress=progress)
-        return stage(recipe, out, run, recorded=recorded, checkpointing=checkpointing, offload=offload)
+    with screen.live() as live:
+        run = Run(seed=recipe.seed, device=device, progress=live.progress, log=live.log)
+        heavy = {"checkpointing": checkpointing, "offload": offload}
+        return stage(recipe, out, run, recorded=recorded, **heavy, preview=preview, show=live.picture)
 
 
 def outcome(card: Card) -> str:

@@ -61,6 +61,8 @@ class Provenance:
     commit: str | None
     dirty: bool | None
     recorded: bool = True
+    budget: float | None = None
+    """Most that what should stay might move, see expunge.ops.collateral; None: nobody asked."""
 
     def __post_init__(self) -> None:
         if self.recorded and not (self.package_sha256 and self.packages):

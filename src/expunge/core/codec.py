@@ -21,7 +21,7 @@ def to_json(record: Any, *, indent: int | None = 2) -> str:
 
 
 def from_json(cls: type[T], text: str) -> T:
-    """Read a dataclass back; unknown keys, missing keys and wrong types raise InputError."""
+    """Read a dataclass back; unknown keys, missing ones whose default is not None, and wrong types raise InputError."""
     try:
         data = json.loads(text)
     except json.JSONDecodeError as error:
@@ -60,11 +60,12 @@ def _decode(kind: Any, data: Any, where: str) -> Any:
 def _record(kind: Any, data: Any, where: str) -> Any:
     _expect(isinstance(data, dict), data, where, "an object")
     names = {field.name for field in fields(kind)}
-    if names != set(data):
-        missing, extra = sorted(names - set(data)), sorted(set(data) - names)
+    may_lack = {field.name for field in fields(kind) if field.default is None}  # files of earlier versions lack it
+    missing, extra = sorted(names - may_lack - set(data)), sorted(set(data) - names)
+    if missing or extra:
         raise InputError(f"{where}: missing keys {missing}, unknown keys {extra}")
     hints = get_type_hints(kind)
-    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in names})
+    return kind(**{name: _decode(hints[name], data[name], f"{where}.{name}") for name in names & set(data)})
 
 
 def _union(kinds: tuple[Any, ...], data: Any, where: str) -> Any:

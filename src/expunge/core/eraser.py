@@ -40,9 +40,23 @@ class Kept(Protocol):
         ...
 
 
+@runtime_checkable
+class Watch(Protocol):
+    """Someone who looks at a model while it is trained, and may end the training."""
+
+    @property
+    def every(self) -> int:
+        """Steps from one look to the next."""
+        ...
+
+    def __call__(self, done: int, view: Generator) -> bool:
+        """Look at the model as it is after `done` steps; False ends the training at the look before."""
+        ...
+
+
 @dataclass(frozen=True)
 class Run:
-    """Where a computation happens: its seed, device, log, progress, and the place where unfinished trainings lie.
+    """Where a computation happens: its seed, device, log, progress, who watches, and where unfinished trainings lie.
 
     `log(name, step, value)` records a number, `progress(label, done, total)` reports work done; both quiet by default.
     """
@@ -52,6 +66,7 @@ class Run:
     log: Callable[[str, int, float], None] = _quiet_log
     progress: Callable[[str, int, int], None] = _quiet_progress
     kept: Kept | None = None
+    watch: Watch | None = None
 
     def rng(self, *name: str | int) -> torch.Generator:
         """Give the random stream of a name.

@@ -110,14 +110,17 @@ class Settling:
     """
 
     def __init__(self, bound: float) -> None:
-        self.bound, self.mean, self.count = bound, 0.0, 0
+        self.bound = bound
+        self.state = torch.zeros(2, dtype=torch.float64)
+        """The mean, and how many losses were seen."""
 
     def see(self, value: float) -> None:
         """Take in one more loss."""
-        self.mean = 0.9 * self.mean + 0.1 * value if self.count else value
-        self.count += 1
+        mean, count = self.state.tolist()
+        self.state.copy_(torch.tensor([0.9 * mean + 0.1 * value if count else value, count + 1], dtype=torch.float64))
 
     @property
     def done(self) -> bool:
         """Whether the mean is below the bound and trusted."""
-        return self.count > _PATIENCE and self.mean < self.bound
+        mean, count = self.state.tolist()
+        return count > _PATIENCE and mean < self.bound

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from expunge.core.eraser import Kept, Run
+from expunge.core.eraser import Kept, Run, Watch
 from expunge.core.errors import InputError
 from expunge.ops.descent import Descent
 from expunge.ops.student import Learner
@@ -32,14 +32,17 @@ def fit(
     loss changes in place from step to step, () for none; with them, and a place in the run for unfinished trainings,
     the loop goes on where it was killed and ends at the very bits it would have. None: the loss keeps more than
     tensors, and the loop starts anew. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports
-    progress. Raises InputError for steps < 1 and when the loss is no longer finite; the masters then hold the last
-    finite step.
+    progress. The run's watch is shown the model; where it says no, the masters go back to what it saw before. Raises
+    InputError for steps < 1, for a no at the first look, and when the loss is no longer finite; the masters then hold
+    the last finite step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
     turns = [lr] if isinstance(lr, float | int) else list(lr)
     descent = Descent(student.parameters, lr=turns[0], clip=clip)
-    kept = None if state is None or run.kept is None else Unfinished(descent, state, run.kept, f"fit-{run.seed}")
+    watched = Watched(student, run.watch) if run.watch else None
+    own = None if state is None else (*state, *(watched.state if watched else ()))
+    kept = None if own is None or run.kept is None else Unfinished(descent, own, run.kept, f"fit-{run.seed}")
     try:
         for step in range(kept.done() if kept else 0, steps):
             value = loss(step)
@@ -48,14 +51,46 @@ def fit(
             norm = descent.step(value, turns[step % len(turns)])
             run.log("loss", step, value.item())
             run.log("grad_norm", step, norm.item())
-            ended = until is not None and until()
+            refused = watched is not None and not watched.allows(step + 1, last=step + 1 == steps)
+            ended = refused or (until is not None and until())
+            done = steps if ended else step + 1
             if kept:
-                kept.reached(step + 1, last=ended or step + 1 == steps)
-            run.progress("fit", steps if ended else step + 1, steps)
+                kept.reached(done, last=done == steps)
+            run.progress("fit", done, steps)
             if ended:
                 break
     finally:
         descent.close()
+
+
+class Watched:
+    """A training under someone's eyes: what was allowed last is remembered."""
+
+    def __init__(self, student: Learner, watch: Watch) -> None:
+        self.student, self.watch = student, watch
+        self.looks = torch.zeros((), dtype=torch.long)
+        self.allowed = [master.detach().clone() for master in student.parameters]
+
+    @property
+    def state(self) -> tuple[Tensor, ...]:
+        """Tensors that change from look to look."""
+        return self.looks, *self.allowed
+
+    @torch.no_grad()
+    def allows(self, done: int, *, last: bool) -> bool:
+        """Show the model if it is time; after a no, put the masters back to what was allowed last."""
+        if done % self.watch.every and not last:
+            return True
+        allowed = self.watch(done, self.student.view())
+        if not allowed and not self.looks:
+            raise InputError(
+                f"after {done} steps, at the first look, more had moved than may; allow more, or lower lr or steps"
+            )
+        sides = (self.allowed, self.student.parameters)
+        for new, old in zip(*(sides if allowed else sides[::-1]), strict=True):
+            new.copy_(old)
+        self.looks += int(allowed)
+        return allowed
 
 
 @dataclass(frozen=True)
@@ -85,12 +120,16 @@ class Unfinished:
             self.kept.save(self.name, {**self.descent.tensors(), **own, "done": torch.tensor(done)})
 
 
-def accumulate(parameters: Sequence[Tensor]) -> None:
-    """From now on, give every backward pass the sum of all gradients since, as a loop that never zeroes them does."""
-    for parameter in parameters:
-        total = torch.zeros_like(parameter)
+def accumulate(parameters: Sequence[Tensor]) -> list[Tensor]:
+    """From now on, give every backward pass the sum of all gradients since, as a loop that never zeroes them does.
+
+    Gives the sums, which change in place.
+    """
+    totals = [torch.zeros_like(parameter) for parameter in parameters]
+    for parameter, total in zip(parameters, totals, strict=True):
 
         def summed(grad: Tensor, total: Tensor = total) -> Tensor:
             return total.add_(grad).clone()
 
         parameter.register_hook(summed)
+    return totals

@@ -85,10 +85,11 @@ class Game:
 
     def loss(
         self, student: Learner, sides: Sides, pairs: Pairs, run: Run, *, pool: int
-    ) -> Callable[[int], Float[Tensor, ""]]:
-        """The loss of a step; logs the discriminator's cross-entropy, what it proves of I(C; X), and both parts.
+    ) -> tuple[Callable[[int], Float[Tensor, ""]], list[Tensor]]:
+        """The loss of a step, and what it changes in place from step to step.
 
-        What is kept is walked as the pairs are.
+        Logs the discriminator's cross-entropy, what it proves of I(C; X), and both parts. What is kept is walked as the
+        pairs are.
         """
         model = student.model
         drawn = pairs.walked(student.view, self._directions(model, sides), run)
@@ -110,7 +111,7 @@ class Game:
             run.log("kept", step, held.item())
             return self.adversarial * game + self.kept * held + share * model.distance(preds[0], toward).mean()
 
-        return loss
+        return loss, [*drawn.state, *opponent.state]
 
     def _directions(self, model: Generator, sides: Sides) -> Callable[[State, Tensor], Goals]:
         return lambda state, which: predict_each(model, state, [sides.twin.take(which), sides.asked.take(which)])

@@ -86,6 +86,14 @@ class Opponent:
         """lr: Adam's step size. r1: weight γ of ½ γ E ‖∇_x logit‖² at the samples asked for."""
         self.net, self.r1 = net, r1
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.99))
+        for p in net.parameters():  # torch would make them at the first step, too late for `state`
+            moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+            self.optimizer.state[p] = {"step": torch.tensor(0.0), **moments}
+
+    @property
+    def state(self) -> list[Tensor]:
+        """All that changes from step to step, in place: weights and moments."""
+        return [*self.net.parameters(), *(m for p in self.net.parameters() for m in self.optimizer.state[p].values())]
 
     @torch.enable_grad()
     def learn(

@@ -50,18 +50,9 @@ class Pairs:
     def __post_init__(self) -> None:
         at_least(self, {"size": 1, "refresh": 1})
 
-    def walked(self, walker: Callable[[], Generator], teach: Teach, run: Run) -> Callable[[int], Pair]:
+    def walked(self, walker: Callable[[], Generator], teach: Teach, run: Run) -> "Walked":
         """Give the pairs of a step, counted from 0; steps are asked for in order."""
-        found: Pair | None = None
-
-        @torch.no_grad()
-        def pairs(step: int) -> Pair:
-            nonlocal found
-            if found is None or step % self.refresh == 0:
-                found = _joined(list(self._walk(walker(), teach, run, step // self.refresh)))
-            return found
-
-        return pairs
+        return Walked(lambda turn: _joined(list(self._walk(walker(), teach, run, turn))), self.refresh)
 
     def _walk(self, walker: Generator, teach: Teach, run: Run, turn: int) -> Iterator[Pair]:
         shift = turn * self.size
@@ -72,6 +63,32 @@ class Pairs:
                 for walk in (self.walk, replace(self.walk, prompts=self.twin))
             ]
             yield Pair(sides[0], sides[1], which, teach(sides[0], which))
+
+
+class Walked:
+    """Pairs of a step, walked anew when their turn is over."""
+
+    def __init__(self, walk: Callable[[int], Pair], refresh: int) -> None:
+        self._walk, self._refresh = torch.no_grad()(walk), refresh
+        self._turn, self._pair = torch.zeros((), dtype=torch.long), self._walk(0)
+
+    @property
+    def state(self) -> list[Tensor]:
+        """All that changes from step to step, in place."""
+        return [self._turn, *_tensors(self._pair)]
+
+    def __call__(self, step: int) -> Pair:
+        """Give the pairs of a step; those of the next turn overwrite them."""
+        turn = step // self._refresh
+        if turn != int(self._turn):
+            for old, new in zip(self.state, [torch.tensor(turn), *_tensors(self._walk(turn))], strict=True):
+                old.copy_(new)
+        return self._pair
+
+
+def _tensors(pair: Pair) -> list[Tensor]:
+    parts = (pair.state.x, pair.state.t, pair.twin.x, pair.twin.t, pair.which, *pair.goals)
+    return [part for part in parts if part is not None]
 
 
 def _joined(parts: list[Pair]) -> Pair:

@@ -132,7 +132,9 @@ def code(*, recorded: bool) -> Code:
     return Code(sha256=package_sha256(), commit=head, dirty=dirty)
 
 
-def provenance(method: type, run: Mapping[str, object], seconds: float, made_by: Code) -> Provenance:
+def provenance(
+    method: type, run: Mapping[str, object], seconds: float, made_by: Code, budget: float | None
+) -> Provenance:
     """Collect everything about how a patch was made; `run` holds seed, device and dtype."""
     return Provenance(
         seed=int(str(run["seed"])),
@@ -146,6 +148,7 @@ def provenance(method: type, run: Mapping[str, object], seconds: float, made_by:
         commit=made_by.commit,
         dirty=made_by.dirty,
         recorded=made_by.sha256 is not None,
+        budget=budget,
     )
 
 

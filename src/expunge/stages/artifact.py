@@ -32,13 +32,14 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What was asked for: the method by name and object, the options the user set, the request, the run's seed."""
+    """What was asked for: method by name and object, options the user set, request, the run's seed and budget."""
 
     method: str
     eraser: Eraser
     given: tuple[str, ...]
     request: Request
     seed: int
+    budget: float | None = None
 
 
 @dataclass(frozen=True)
@@ -136,7 +137,8 @@ def save(
     Raises InputError if the folder exists, OSError if the disk is full.
     """
     tensors = patch.tensors()
-    card = _card(patch, tensors, model, job, source, provenance(type(job.eraser), _run(model, job), seconds, made_by))
+    made = provenance(type(job.eraser), _run(model, job), seconds, made_by, job.budget)
+    card = _card(patch, tensors, model, job, source, made)
     if isinstance(patch, SharedPatch) and any(part.facts for part in patch.parts):
         card = _chain.merged(card, patch)
     blob = serialize(tensors, _header(card))

@@ -16,10 +16,12 @@ from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
+from expunge.core.patch import Patch
 from expunge.models.load import load as load_model
 from expunge.stages import _certificates, _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
 from expunge.stages._training import Foreign, Training
+from expunge.stages._watching import Show, unseen, watching
 from expunge.stages.certify import certify
 from expunge.stages.recipe import Recipe, read
 
@@ -28,7 +30,15 @@ _SAME = 1e-5
 
 
 def erase(
-    recipe: Recipe, out: Path, run: Run, *, recorded: bool = True, checkpointing: bool = False, offload: bool = False
+    recipe: Recipe,
+    out: Path,
+    run: Run,
+    *,
+    recorded: bool = True,
+    checkpointing: bool = False,
+    offload: bool = False,
+    preview: int = 0,
+    show: Show = unseen,
 ) -> Path:
     """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
 
@@ -36,9 +46,10 @@ def erase(
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
     checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding.
+    preview: steps of training from one grid of pictures in out/preview/ to the next, 0 for none; `show` is told of
+    each. Raises InputError where the recipe has a budget and the method trains nothing.
     """
-    folder = out / "artifact"
-    eraser, request = recipe.eraser(), recipe.request()
+    folder, eraser, request = out / "artifact", recipe.eraser(), recipe.request()
     before = artifact.load(Path(recipe.model.on)) if recipe.model.on else None
     if folder.exists() and before:
         _check_recipe(artifact.load(folder), recipe, out)
@@ -55,29 +66,20 @@ def erase(
         return certified(folder, model, _request(artifact.read_card(folder)), out)
     seen = before.on(model) if before else model
     check(seen, recipe.method.name, eraser, request)
-    job = artifact.Job(
-        method=recipe.method.name,
-        eraser=eraser,
-        given=tuple(recipe.method.options),
-        request=request,
-        seed=recipe.seed,
-    )
+    job = _job(recipe, eraser, request)
     said = artifact.said(model, job)
     if before:
         _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
-    made_by = code(recorded=recorded)
-    fresh = not out.exists()
-    out.mkdir(parents=True, exist_ok=True)
-    _files.sweep(out)
-    (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
-    recipe.write(out / "recipe.toml")
+    made_by, fresh = code(recorded=recorded), not out.exists()
+    _begun(recipe, out)
     training = Training(out, of=_told(recipe, source.revision))
     start = time.monotonic()
     with _withdrawn(out, training, fresh):
-        patch = eraser.erase(seen, request, logged(dataclasses.replace(run, seed=recipe.seed), training))
+        patch = _watched(job, seen, logged(run, training, recipe.seed), out, preview, show)
+    whole = _chain.after(before.card, before.patch, said, patch) if before else patch
     artifact.save(
         folder,
-        _chain.after(before.card, before.patch, said, patch) if before else patch,
+        whole,
         model,
         job,
         source=source,
@@ -87,6 +89,34 @@ def erase(
     )
     training.remove()
     return certified(folder, model, _request(artifact.read_card(folder)), out)
+
+
+def _begun(recipe: Recipe, out: Path) -> None:
+    """Leave the recipe in the folder, and nothing of a killed writer or of an artifact that is gone."""
+    out.mkdir(parents=True, exist_ok=True)
+    _files.sweep(out)
+    (out / _certificates.FILE).unlink(missing_ok=True)
+    recipe.write(out / "recipe.toml")
+
+
+def _job(recipe: Recipe, eraser: Eraser, request: Request) -> artifact.Job:
+    return artifact.Job(
+        method=recipe.method.name,
+        eraser=eraser,
+        given=tuple(recipe.method.options),
+        request=request,
+        seed=recipe.seed,
+        budget=recipe.budget,
+    )
+
+
+def _watched(job: artifact.Job, model: Generator, run: Run, out: Path, preview: int, show: Show) -> Patch:
+    """Run the method under watch."""
+    watch = watching(model, job.request, run, out, budget=job.budget, preview=preview, show=show)
+    patch = job.eraser.erase(model, job.request, dataclasses.replace(run, watch=watch))
+    if job.budget is not None and not (watch and watch.looks):
+        raise InputError(f"method {job.method!r} trains nothing, so a budget has no meaning for it")
+    return patch
 
 
 def _told(recipe: Recipe, revision: str) -> str:
@@ -162,14 +192,14 @@ def check_family(model: Generator, name: str, method: type[Eraser]) -> None:
         raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
 
 
-def logged(run: Run, training: Training) -> Run:
-    """Return a run whose log also goes to an unfinished training, and which goes on where that was killed."""
+def logged(run: Run, training: Training, seed: int) -> Run:
+    """Return a run of a seed whose log also goes to an unfinished training, and which goes on where that was killed."""
 
     def log(name: str, step: int, value: float) -> None:
         run.log(name, step, value)
         training.log(name, step, value)
 
-    return dataclasses.replace(run, log=log, kept=training)
+    return dataclasses.replace(run, seed=seed, log=log, kept=training)
 
 
 def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, folder: Path) -> None:
@@ -180,6 +210,7 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             "model": recipe.model.name,
             "dtype": recipe.model.dtype,
             "seed": recipe.seed,
+            "budget": recipe.budget,
             "config": dataclasses.asdict(eraser),
             "request": dataclasses.asdict(request),
         }
@@ -190,6 +221,7 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             "model": card.base.name,
             "dtype": card.run.dtype,
             "seed": card.run.seed,
+            "budget": card.run.budget,
             "config": card.config,
             "request": dataclasses.asdict(_request(card)),
         }

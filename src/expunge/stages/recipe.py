@@ -67,10 +67,16 @@ class Recipe:
 
     __pydantic_config__: ClassVar[ConfigDict] = STRICT
     seed: int = 0
+    budget: float | None = None
+    """Most that a training may move what should stay, see expunge.ops.collateral; it ends at the last look within."""
     model: ModelChoice
     method: MethodChoice
     target: tuple[TargetEntry, ...]
     retain: tuple[ConceptEntry, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.budget is not None and not self.budget > 0:
+            raise InputError(f"budget is {self.budget}; legal: above 0")
 
     def request(self) -> Request:
         """Return the request of core; raises InputError when it is inconsistent (anchor equal to target, no target)."""

@@ -145,5 +145,5 @@ class MACE(Eraser):
             maps = listen(student.view(), state, scenes.cond.take(i))
             return masked_attention(maps, said[i], masks[i], squared=self.norm == "squared").mean()
 
-        fit(student, loss, own, steps=self.steps, lr=self.lr)
+        fit(student, loss, own, steps=self.steps, lr=self.lr, state=())
         return window_gram(model, [line.text for line in lines]), student.patch().factors

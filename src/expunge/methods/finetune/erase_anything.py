@@ -132,7 +132,7 @@ class EraseAnything(Eraser):
             kept = flow_matching(view, clean[i], texts.take(i), run.rng("noise", step)).mean()
             return self.keep_weight * kept + self.contrast_weight * unlike
 
-        fit(student, loss, run, steps=self.steps, lr=(self.lr, self.keep_lr))
+        fit(student, loss, run, steps=self.steps, lr=(self.lr, self.keep_lr), state=())
         return student.patch()
 
     def _lines(self, request: Request, run: Run) -> tuple[list[Wording], list[str], list[Wording]]:

@@ -142,6 +142,6 @@ class Score(Eraser):
         )
         path = Walk(prompts=sides.asked, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
         pairs = Pairs(walk=path, twin=sides.twin, size=self.pairs, refresh=self.refresh)
-        loss = game.loss(student, sides, pairs, run, pool=self.pool)
-        fit(student, loss, run, steps=self.steps, lr=self.lr)
+        loss, state = game.loss(student, sides, pairs, run, pool=self.pool)
+        fit(student, loss, run, steps=self.steps, lr=self.lr, state=state)
         return student.patch()

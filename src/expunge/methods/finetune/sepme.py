@@ -1,7 +1,7 @@
 """SepME: decorrelate a concept's guidance by a weight shift that all other concepts do not feel (Zhao et al., 2024)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
@@ -118,10 +118,9 @@ class SepME(Eraser):
     def _learned(self, model: Generator, group: Sequence[tuple[Concept, Tensor]], run: Run) -> WeightPatch:
         terms = [self._term(model, concept, run) for concept, _ in group]
         settling = [Settling(self.threshold) for _ in group]
-        paths = [site.path for site in model.sites("text_in")]
-        student = ShiftStudent(model, paths, [basis for _, basis in group])
-        if self.gradients == "accumulated":
-            accumulate(student.parameters)
+        student = ShiftStudent(model, [site.path for site in model.sites("text_in")], [basis for _, basis in group])
+        state = [one.state for one in settling]
+        state += accumulate(student.parameters) if self.gradients == "accumulated" else []
 
         def loss(step: int) -> Tensor:
             seen = torch.stack([term(student.view(), step) for term in terms])
@@ -131,12 +130,13 @@ class SepME(Eraser):
             sizes = torch.stack([shift.abs().sum() for shift in student.shifts().values()])
             return (balance(seen) * seen).sum() + self.penalty * sizes.mean()
 
-        fit(student, loss, run, steps=self.steps, lr=self.lr, until=lambda: all(one.done for one in settling))
+        own, settled = run.apart("terms", *(c.name for c, _ in group)), lambda: all(one.done for one in settling)
+        fit(student, loss, own, steps=self.steps, lr=self.lr, until=settled, state=state)
         return student.patch()
 
     def _term(self, model: Generator, concept: Concept, run: Run) -> Callable[[Generator, int], Tensor]:
         """Give mean(r · r*) of a view at a step, on a random stream of the concept's own."""
-        own = replace(run, seed=int(torch.randint(2**31, (), generator=run.rng("concept", concept.name))))
+        own = run.apart("concept", concept.name)
         lines = sentences(self.templates, concept.prompts)
         lines = [lines[i % len(lines)] for i in range(max(self.pictures, len(lines)))]
         scenes = Scenes.drawn(model, lines, own, guidance_scale=self.guidance_scale, steps=self.walk)

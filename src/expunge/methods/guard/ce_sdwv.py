@@ -142,7 +142,7 @@ class CESDWV(Eraser):
             wish, held = (miss(draw(step), rows) for draw, rows in zip(lessons, (gone, plain), strict=True))
             return surgical(wish, held, learner.parameters, self.retain_weight, project=orthogonal)
 
-        fit(learner, loss, run, steps=self.steps, lr=self.lr)
+        fit(learner, loss, run, steps=self.steps, lr=self.lr, state=())
         return replace(guard, correction=learner.rows.detach())
 
     def _patch(self, guard: Suppressor) -> GuardPatch:

@@ -250,6 +250,8 @@ def work(rank: int, args: argparse.Namespace) -> None:
         net.load_state_dict(grown(load_file(args.start)))
     if args.distil:
         net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
+        for new in net.transformer.time_text_embed.guidance_embedder.linear_2.parameters():
+            nn.init.zeros_(new)  # silent at first: the student begins as its teacher
         net.t5.requires_grad_(False)
     trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
     if rank == 0:

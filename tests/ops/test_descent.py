@@ -33,7 +33,9 @@ def test_it_is_adam_bit_for_bit_whatever_the_portions(portion: int, monkeypatch:
     mine, theirs = parameters(), parameters()
     descent, adam = Descent(mine, lr=1e-2, clip=None), torch.optim.Adam(theirs, lr=1e-2, fused=True)
     for step in range(5):
-        norm = descent.step(loss(mine, step), 1e-2)
+        descent.begin(1e-2)
+        loss(mine, step).backward()
+        norm = descent.end()
         adam.zero_grad()
         loss(theirs, step).backward()
         expected = torch.nn.utils.get_total_norm([p.grad for p in theirs if p.grad is not None])
@@ -52,7 +54,9 @@ def test_gradients_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     descent = Descent(p, lr=1e-2, clip=None)
     for parameter in p:
         parameter.register_post_accumulate_grad_hook(lambda _: seen.append(sum(q.grad is not None for q in p)))
-    descent.step(loss(p, 0), 1e-2)
+    descent.begin(1e-2)
+    loss(p, 0).backward()
+    descent.end()
     assert len(seen) == len(p) and max(seen) <= 1
 
 

@@ -91,7 +91,7 @@ def test_a_budget_that_the_first_look_finds_spent_leaves_nothing_behind(tmp_path
 
 
 def test_what_trains_nothing_has_no_budget(tmp_path: Path):
-    with pytest.raises(InputError, match="'uce' trains nothing"):
+    with pytest.raises(InputError, match="'uce' trains nothing, so budget"):
         erase(recipe(0.1, method="uce"), tmp_path / "out", Run())
     assert not (tmp_path / "out").exists()
     with pytest.raises(InputError, match=r"budget is 0\.0; legal: above 0"):

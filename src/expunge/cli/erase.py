@@ -1,5 +1,6 @@
 """`expunge erase`: flags → recipe → artifact."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -23,11 +24,21 @@ if TYPE_CHECKING:
 
 Word = TypeVar("Word", bound=Sequence[Any])
 Dtype = Literal["float32", "float16", "bfloat16"]
+On = Annotated[
+    str | None,
+    typer.Option(metavar="DIR", help="Erase from what this closed-form artifact leaves; it need not name MODEL."),
+]
+RecipeFile = Annotated[
+    Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word about what to erase.")
+]
 Budget = Annotated[
     float | None,
     typer.Option(
         help="End a training before what should stay has moved by this share of what the target means to MODEL."
     ),
+]
+Accumulate = Annotated[
+    int | None, typer.Option(min=1, help="Losses whose gradients are added up before each step of a training.")
 ]
 Preview = Annotated[
     int, typer.Option(min=0, metavar="STEPS", help="Draw a grid of pictures every so many steps of a training.")
@@ -59,15 +70,11 @@ def erase(
     ] = None,
     seed: Seed = 0,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
-    on: Annotated[
-        str | None,
-        typer.Option(metavar="DIR", help="Erase from what this closed-form artifact leaves; it need not name MODEL."),
-    ] = None,
+    on: On = None,
     budget: Budget = None,
+    accumulate: Accumulate = None,
     preview: Preview = 0,
-    recipe: Annotated[
-        Path | None, typer.Option(help="Repeat the run of a recipe.toml, in place of every word about what to erase.")
-    ] = None,
+    recipe: RecipeFile = None,
     checkpointing: Checkpointing = False,
     offload: Offload = False,
     provenance: Provenance = True,
@@ -75,15 +82,15 @@ def erase(
     json: Json = False,
 ) -> None:
     """Erase concepts from a model and write the change as an artifact."""
-    screen, before = Out(machine=json), place(on) if on else None
+    leads = os.environ.get("RANK", "0") == "0"  # as `accelerate launch` numbers its processes; the others are silent
+    screen, before = Out(machine=json or not leads), place(on) if on else None
     targets, kept = ([phrases(text) for text in words or []] for words in (target, retain))
     with screen.waiting("loading torch and diffusers"):
         from expunge.stages.recipe import read
 
         if recipe is not None:
-            _alone(
-                model, targets, method, anchor, kept, settings, seed, on, kind != "object", dtype != "float32", budget
-            )
+            _alone(model, targets, method, anchor, kept, settings, seed, on, kind != "object", dtype != "float32")
+            _alone(budget, accumulate)
             asked = read(recipe)
         else:
             asked = build(
@@ -98,9 +105,12 @@ def erase(
                 seed=seed,
                 dtype=dtype,
                 budget=budget,
+                accumulate=accumulate,
             )
     run = partial(carry_out, screen, asked, out, device=device, recorded=provenance, preview=preview)
-    _tell(screen, run(checkpointing=checkpointing, offload=offload))
+    folder = run(checkpointing=checkpointing, offload=offload)
+    if leads:
+        _tell(screen, folder)
 
 
 def _tell(screen: Out, folder: Path) -> None:
@@ -152,6 +162,7 @@ def build(
     dtype: Dtype = "float32",
     on: Place | None = None,
     budget: float | None = None,
+    accumulate: int | None = None,
 ) -> "Recipe":
     """Make a recipe of plain words; anchors are phrases in the order of the targets, "" for the unconditional.
 
@@ -169,6 +180,7 @@ def build(
     return recipe.Recipe(
         seed=seed,
         budget=budget,
+        accumulate=accumulate,
         model=_after(choice, on) if on else choice,
         method=recipe.MethodChoice(name=method, options=options),
         target=tuple(
@@ -196,6 +208,7 @@ def carry_out(
 ) -> Path:
     """Run the erase stage, seen live, after saying what will be ignored; return the artifact's folder."""
     from expunge.core.eraser import Run
+    from expunge.stages._team import together
     from expunge.stages.erase import erase as stage
 
     eraser, request = recipe.eraser(), recipe.request()
@@ -203,8 +216,8 @@ def carry_out(
         screen.note(f"{recipe.method.name} uses no anchor: --anchor has no effect")
     if request.retain and not eraser.retains:
         screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
-    with screen.live() as live:
-        run = Run(seed=recipe.seed, device=device, progress=live.progress, log=live.log)
+    with screen.live() as live, together(device) as team:
+        run = Run(seed=recipe.seed, device=device, progress=live.progress, log=live.log, team=team)
         heavy = {"checkpointing": checkpointing, "offload": offload}
         return stage(recipe, out, run, recorded=recorded, **heavy, preview=preview, show=live.picture)
 

@@ -61,6 +61,8 @@ class Provenance:
     commit: str | None
     dirty: bool | None
     recorded: bool = True
+    parts: int | None = None
+    """Losses averaged in each step of the training, accumulated or one per process; None: one."""
     budget: float | None = None
     """Most that what should stay might move, see expunge.ops.collateral; None: nobody asked."""
 

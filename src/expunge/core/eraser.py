@@ -2,7 +2,7 @@
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from types import MappingProxyType
 from typing import Any, ClassVar, Protocol, runtime_checkable
@@ -49,16 +49,37 @@ class Watch(Protocol):
         """Steps from one look to the next."""
         ...
 
-    def __call__(self, done: int, view: Generator) -> bool:
-        """Look at the model as it is after `done` steps; False ends the training at the look before."""
+    def __call__(self, done: int, view: Generator, *, last: bool) -> bool | None:
+        """Look at the model as it is after `done` steps; None judges nothing, False ends at what was last True."""
+        ...
+
+
+@runtime_checkable
+class Team(Protocol):
+    """Processes that train the same model together; every one makes every step."""
+
+    @property
+    def rank(self) -> int:
+        """Which of them this is, counted from 0."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """How many they are."""
+        ...
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, in place, by their mean over all processes; all must call it alike."""
         ...
 
 
 @dataclass(frozen=True)
 class Run:
-    """Where a computation happens: its seed, device, log, progress, who watches, and where unfinished trainings lie.
+    """Where a computation happens: seed, device, log, progress, who watches, who shares the work, what a kill leaves.
 
     `log(name, step, value)` records a number, `progress(label, done, total)` reports work done; both quiet by default.
+    A step of a training is the mean over `parts` = `accumulate` · processes losses, each drawn on its own.
+    Raises InputError for accumulate below 1.
     """
 
     seed: int = 0
@@ -67,6 +88,27 @@ class Run:
     progress: Callable[[str, int, int], None] = _quiet_progress
     kept: Kept | None = None
     watch: Watch | None = None
+    team: Team | None = None
+    accumulate: int = 1
+
+    def __post_init__(self) -> None:
+        if self.accumulate < 1:
+            raise InputError(f"accumulate is {self.accumulate}; legal: 1 and above")
+
+    @property
+    def parts(self) -> int:
+        """Losses averaged in one step of a training, over all processes."""
+        return self.accumulate * (self.team.size if self.team else 1)
+
+    def draws(self, step: int) -> range:
+        """Numbers of the losses of a step that are this process's to compute; no two losses share one."""
+        rank, size = (self.team.rank, self.team.size) if self.team else (0, 1)
+        return range(step * self.parts + rank, (step + 1) * self.parts, size)
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Replace tensors, in place, by their mean over all processes."""
+        if self.team:
+            self.team.average(tensors)
 
     def rng(self, *name: str | int) -> torch.Generator:
         """Give the random stream of a name.

@@ -1,6 +1,6 @@
 """Adam that spends gradients while the backward pass still runs, so that they are never all in memory at once."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
@@ -8,8 +8,13 @@ from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 PORTION = 2**22  # bytes of parameters moved together: their gradients are still in the cache, and calls are few
+Average = Callable[[Sequence[Tensor]], None]
 _FUSED = ("cpu", "cuda", "mps")
 _MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+
+def alone(tensors: Sequence[Tensor]) -> None:
+    """Average over the one process there is."""
 
 
 class Descent:
@@ -19,19 +24,24 @@ class Descent:
     is moved at changes no bit. clip: bound on the norm of all gradients together, which has to wait for the last one.
     """
 
-    def __init__(self, parameters: Sequence[Tensor], *, lr: float, clip: float | None) -> None:
-        self.parameters, self.clip = list(parameters), clip
-        self._portions = [_Portion(some, lr) for some in _portions(self.parameters)]
+    def __init__(
+        self, parameters: Sequence[Tensor], *, lr: float, clip: float | None, average: Average = alone
+    ) -> None:
+        self.parameters, self.clip, self.average = list(parameters), clip, average
+        self._portions = [_Portion(some, lr, average) for some in _portions(self.parameters)]
         if clip is None:
             for portion in self._portions:
                 portion.watch()
 
-    def step(self, loss: Float[Tensor, ""], lr: float) -> Float[Tensor, ""]:
-        """Take one step down a loss's gradient; gives the norm of all gradients together, before clipping."""
+    def begin(self, lr: float, passes: int = 1) -> None:
+        """Expect so many backward passes, whose gradients add up; the last one spends them."""
         for portion in self._portions:
-            portion.begin(lr)
-        loss.backward()
+            portion.begin(lr, passes)
+
+    def end(self) -> Float[Tensor, ""]:
+        """Spend what is left after the last pass; gives the norm of all gradients together, before clipping."""
         if self.clip is not None:
+            self.average([p.grad for p in self.parameters if p.grad is not None])
             norm = clip_grad_norm_(self.parameters, self.clip)
             for portion in self._portions:
                 portion.optimizer.step()
@@ -72,8 +82,8 @@ class Descent:
 class _Portion:
     """Parameters that are moved as soon as all of them have their gradients, which are then dropped."""
 
-    def __init__(self, parameters: list[Tensor], lr: float) -> None:
-        self.parameters, self.norms = parameters, list[Tensor]()
+    def __init__(self, parameters: list[Tensor], lr: float, average: Average) -> None:
+        self.parameters, self.norms, self.average = parameters, list[Tensor](), average
         fused = all(p.device.type in _FUSED for p in parameters)
         self.optimizer = torch.optim.Adam(parameters, lr=lr, fused=fused)
         self._awaited = 0
@@ -82,10 +92,10 @@ class _Portion:
     def watch(self) -> None:
         self._handles = [p.register_post_accumulate_grad_hook(self._ready) for p in self.parameters]
 
-    def begin(self, lr: float) -> None:
+    def begin(self, lr: float, passes: int) -> None:
         self.optimizer.param_groups[0]["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        self._awaited = len(self.parameters)
+        self._awaited = passes * len(self.parameters)
         self.norms = []
 
     @torch.no_grad()
@@ -93,6 +103,7 @@ class _Portion:
         """Use the gradients that are there, if any: a loss need not reach every parameter."""
         grads = [p.grad for p in self.parameters if p.grad is not None]
         if grads:
+            self.average(grads)
             self.norms.append(get_total_norm(grads))
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

@@ -1,5 +1,6 @@
 """The one training loop."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -27,32 +28,33 @@ def fit(
 ) -> None:
     """Move a student's masters down a loss with Adam at a constant step size, without weight decay.
 
-    loss: gives the scalar of a step, counted from 0. lr: several step sizes take turns, as losses may. clip: bound on
-    the norm of all gradients together. until: asked after every step, True ends the loop early. state: tensors that the
-    loss changes in place from step to step, () for none; with them, and a place in the run for unfinished trainings,
-    the loop goes on where it was killed and ends at the very bits it would have. None: the loss keeps more than
-    tensors, and the loop starts anew. Every step logs "loss" and "grad_norm" (before clipping) to the run and reports
-    progress. The run's watch is shown the model; where it says no, the masters go back to what it saw before. Raises
-    InputError for steps < 1, for a no at the first look, and when the loss is no longer finite; the masters then hold
-    the last finite step.
+    loss: gives a scalar for each number drawn, counted from 0. A step averages `run.parts` of them, over processes and
+    over backward passes that add up; number n belongs to step n // parts. lr: several step sizes take turns, as losses
+    may. clip: bound on the norm of all gradients together. until: asked after every step, True ends the loop early.
+    state: tensors that the loss changes in place from step to step, () for none; with them, and a place in the run for
+    unfinished trainings, the loop goes on where it was killed and ends at the very bits it would have. None: the loss
+    keeps more than tensors, and the loop starts anew. Every step logs "loss" and "grad_norm" (before clipping) to the
+    run and reports progress. The run's watch is shown the model; where it says no, the masters go back to what it saw
+    before. Raises InputError for steps < 1, for a no at the first look, and when the loss is no longer finite; the
+    masters then hold the last finite step.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
     turns = [lr] if isinstance(lr, float | int) else list(lr)
-    descent = Descent(student.parameters, lr=turns[0], clip=clip)
+    descent = Descent(student.parameters, lr=turns[0], clip=clip, average=run.average)
     watched = Watched(student, run.watch) if run.watch else None
     own = None if state is None else (*state, *(watched.state if watched else ()))
     kept = None if own is None or run.kept is None else Unfinished(descent, own, run.kept, f"fit-{run.seed}")
     try:
         for step in range(kept.done() if kept else 0, steps):
-            value = loss(step)
-            if not bool(torch.isfinite(value)):
-                raise InputError(f"the loss is {value.item()} at step {step}; lower lr (now {lr})")
-            norm = descent.step(value, turns[step % len(turns)])
-            run.log("loss", step, value.item())
-            run.log("grad_norm", step, norm.item())
-            refused = watched is not None and not watched.allows(step + 1, last=step + 1 == steps)
-            ended = refused or (until is not None and until())
+            descent.begin(turns[step % len(turns)], run.accumulate)
+            value = backward(loss, run.draws(step), run)
+            if not math.isfinite(value):
+                raise InputError(f"the loss is {value} at step {step}; lower lr (now {lr})")
+            run.log("loss", step, value)
+            run.log("grad_norm", step, descent.end().item())
+            refused = watched is not None and not watched.allows(step + 1, run, last=step + 1 == steps)
+            ended = refused or (until is not None and agreed(until(), run))
             done = steps if ended else step + 1
             if kept:
                 kept.reached(done, last=done == steps)
@@ -61,6 +63,30 @@ def fit(
                 break
     finally:
         descent.close()
+
+
+def backward(loss: Callable[[int], Float[Tensor, ""]], draws: Sequence[int], run: Run) -> float:
+    """Add up the gradients of a step's losses over their number; gives their mean over all processes.
+
+    Stops before the backward pass of the first that is not finite on any process, and gives that.
+    """
+    total = 0.0
+    for n in draws:
+        value = loss(n)
+        seen = value.detach().clone()
+        run.average([seen])
+        if not bool(torch.isfinite(seen)):
+            return seen.item()
+        (value / len(draws)).backward()
+        total += seen.item() / len(draws)
+    return total
+
+
+def agreed(vote: bool, run: Run) -> bool:
+    """Whether most processes say yes: where they round differently they must still go the same way."""
+    votes = torch.tensor(float(vote))
+    run.average([votes])
+    return votes.item() >= 0.5
 
 
 class Watched:
@@ -77,11 +103,14 @@ class Watched:
         return self.looks, *self.allowed
 
     @torch.no_grad()
-    def allows(self, done: int, *, last: bool) -> bool:
+    def allows(self, done: int, run: Run, *, last: bool) -> bool:
         """Show the model if it is time; after a no, put the masters back to what was allowed last."""
         if done % self.watch.every and not last:
             return True
-        allowed = self.watch(done, self.student.view())
+        judged = self.watch(done, self.student.view(), last=last)
+        if judged is None:
+            return True
+        allowed = agreed(judged, run)
         if not allowed and not self.looks:
             raise InputError(
                 f"after {done} steps, at the first look, more had moved than may; allow more, or lower lr or steps"

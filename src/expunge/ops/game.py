@@ -98,11 +98,12 @@ class Game:
         channels, side = drawn(0).state.x.shape[1:3]
         heads = int(sides.head.max()) + 1
         net = Discriminator(channels, side, heads, run.rng("discriminator")).to(student.parameters[0].device)
-        opponent = Opponent(net, lr=self.opponent_lr, r1=self.r1)
+        opponent = Opponent(net, lr=self.opponent_lr, r1=self.r1, average=run.average)
 
-        def loss(step: int) -> Tensor:
-            late, early = self._split(drawn(step), run.rng("late", step))
-            now = lesson(step)
+        def loss(n: int) -> Tensor:
+            step = n // run.parts
+            late, early = self._split(drawn(step), run.rng("late", n))
+            now = lesson(n)
             preds = self._ask(student.view(), sides, late, early, now)
             game = self._play(opponent, student, sides, late, preds[0], run, step)
             held = self._held(model, preds[1:], early, now)

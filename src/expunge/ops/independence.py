@@ -18,6 +18,8 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, silu, softplus
 
+from expunge.ops.descent import Average, alone
+
 Form = Literal["confusion", "flipped"]
 
 
@@ -82,9 +84,9 @@ class Discriminator(nn.Module):
 class Opponent:
     """A discriminator that learns from samples it is shown, and is held still while the generator plays."""
 
-    def __init__(self, net: Discriminator, *, lr: float, r1: float) -> None:
+    def __init__(self, net: Discriminator, *, lr: float, r1: float, average: Average = alone) -> None:
         """lr: Adam's step size. r1: weight γ of ½ γ E ‖∇_x logit‖² at the samples asked for."""
-        self.net, self.r1 = net, r1
+        self.net, self.r1, self._average = net, r1, average
         self.optimizer = torch.optim.Adam(net.parameters(), lr=lr, betas=(0.5, 0.99))
         for p in net.parameters():  # torch would make them at the first step, too late for `state`
             moments = {"exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
@@ -114,6 +116,7 @@ class Opponent:
             total = loss + 0.5 * self.r1 * slope.square().flatten(1).sum(1).mean()
         self.optimizer.zero_grad(set_to_none=True)
         total.backward()
+        self._average([p.grad for p in self.net.parameters() if p.grad is not None])
         self.optimizer.step()
         self.net.requires_grad_(False)
         return loss.item()

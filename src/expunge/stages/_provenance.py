@@ -133,7 +133,13 @@ def code(*, recorded: bool) -> Code:
 
 
 def provenance(
-    method: type, run: Mapping[str, object], seconds: float, made_by: Code, budget: float | None
+    method: type,
+    run: Mapping[str, object],
+    seconds: float,
+    made_by: Code,
+    *,
+    budget: float | None = None,
+    parts: int = 1,
 ) -> Provenance:
     """Collect everything about how a patch was made; `run` holds seed, device and dtype."""
     return Provenance(
@@ -149,6 +155,7 @@ def provenance(
         dirty=made_by.dirty,
         recorded=made_by.sha256 is not None,
         budget=budget,
+        parts=parts if parts > 1 else None,
     )
 
 

@@ -28,15 +28,20 @@ class Foreign(InputError):
 
 
 class Training:
-    """Log and states of one erasure; `of` says which, and a state of another one is refused."""
+    """Log and states of one erasure; `of` says which, and a state of another one is refused.
 
-    def __init__(self, out: Path, of: str, every: int = EVERY) -> None:
-        self.folder, self.of, self.every = out / FOLDER, of, every
+    writes: whether this process is the one that leaves files; the others of a team only read them.
+    """
+
+    def __init__(self, out: Path, of: str, every: int = EVERY, *, writes: bool = True) -> None:
+        self.folder, self.of, self.every, self.writes = out / FOLDER, of, every, writes
         self.rows: list[dict[str, Any]] = []
 
     def log(self, name: str, step: int, value: float) -> None:
         """Keep a row, and show it in the file at once; a value that is not finite is kept as null."""
         self.rows.append({"name": name, "step": step, "value": value if math.isfinite(value) else None})
+        if not self.writes:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         # the first row begins the file anew: what a killed process logged is made again, or comes with its state
         with (self.folder / "log.jsonl").open("ab" if len(self.rows) > 1 else "wb") as file:
@@ -58,11 +63,14 @@ class Training:
                 "folder, or remove it to start anew"
             )
         self.rows = json.loads(facts["rows"])
-        _files.write_lines(self.folder / "log.jsonl", self.rows)
+        if self.writes:
+            _files.write_lines(self.folder / "log.jsonl", self.rows)
         return tensors
 
     def save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         """Replace the state of a name, whole or not at all."""
+        if not self.writes:
+            return
         new = self._file(f"{name}.new")
         new.unlink(missing_ok=True)
         _tensors.write(new, tensors, {"of": self.of, "rows": json.dumps(self.rows)})

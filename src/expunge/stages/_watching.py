@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,7 +21,7 @@ ACROSS, STEPS, GUIDANCE_SCALE = 4, 15, 4.0  # pictures in each of a preview's tw
 Show = Callable[[str, Path], None]
 
 
-@dataclass
+@dataclass(frozen=True)
 class Watching:
     """Measures collateral change against a budget, and draws targets over retained concepts, every so many steps."""
 
@@ -32,7 +32,6 @@ class Watching:
     budget: float
     preview: int
     show: Show
-    looks: int = field(default=0, init=False)
 
     @property
     def every(self) -> int:
@@ -40,13 +39,12 @@ class Watching:
         return math.gcd(EVERY if self.collateral else 0, self.preview)
 
     @torch.no_grad()
-    def __call__(self, done: int, view: Generator) -> bool:
+    def __call__(self, done: int, view: Generator, *, last: bool) -> bool | None:
         """Draw and measure what is due; False where the budget is spent."""
-        self.looks += 1
         if self.preview and done % self.preview == 0:
             self._draw(done, view)
-        if self.collateral is None:
-            return True
+        if self.collateral is None or (done % EVERY and not last):
+            return None
         value = self.collateral(view)
         self.run.log("collateral", done - 1, value)
         return value <= self.budget

@@ -32,7 +32,7 @@ FACTORS = (".lora_A.weight", ".lora_B.weight")
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What was asked for: method by name and object, options the user set, request, the run's seed and budget."""
+    """What was asked for: method by name and object, options the user set, request, seed, budget, parts."""
 
     method: str
     eraser: Eraser
@@ -40,6 +40,7 @@ class Job:
     request: Request
     seed: int
     budget: float | None = None
+    parts: int = 1
 
 
 @dataclass(frozen=True)
@@ -137,7 +138,8 @@ def save(
     Raises InputError if the folder exists, OSError if the disk is full.
     """
     tensors = patch.tensors()
-    made = provenance(type(job.eraser), _run(model, job), seconds, made_by, job.budget)
+    method, run = type(job.eraser), _run(model, job)
+    made = provenance(method, run, seconds, made_by, budget=job.budget, parts=job.parts)
     card = _card(patch, tensors, model, job, source, made)
     if isinstance(patch, SharedPatch) and any(part.facts for part in patch.parts):
         card = _chain.merged(card, patch)

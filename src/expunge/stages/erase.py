@@ -23,7 +23,7 @@ from expunge.stages._provenance import code, source_of
 from expunge.stages._training import Foreign, Training
 from expunge.stages._watching import Show, unseen, watching
 from expunge.stages.certify import certify
-from expunge.stages.recipe import Recipe, read
+from expunge.stages.recipe import ModelChoice, Recipe, read
 
 # Last rows of two prompts nearer than this are one to the text encoder: batches of float32 round otherwise.
 _SAME = 1e-5
@@ -47,48 +47,50 @@ def erase(
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
     checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding.
     preview: steps of training from one grid of pictures in out/preview/ to the next, 0 for none; `show` is told of
-    each. Raises InputError where the recipe has a budget and the method trains nothing.
+    each. In a team every process calls this; the first one writes. Raises InputError where the recipe has a budget, or
+    the work is in parts, and the method trains nothing.
     """
+    run = dataclasses.replace(run, seed=recipe.seed, accumulate=recipe.accumulate or 1)
     folder, eraser, request = out / "artifact", recipe.eraser(), recipe.request()
     before = artifact.load(Path(recipe.model.on)) if recipe.model.on else None
     if folder.exists() and before:
         _check_recipe(artifact.load(folder), recipe, out)
     elif folder.exists():
-        _check_same(artifact.load(folder).card, recipe, eraser, request, folder)
-    run.progress(f"load {recipe.model.name}", 0, 1)
-    model = load_model(
-        recipe.model.name, device=run.device, dtype=recipe.model.dtype, checkpointing=checkpointing, offload=offload
-    )
-    run.progress(f"load {recipe.model.name}", 1, 1)
+        _check_same(artifact.load(folder).card, recipe, eraser, request, run.parts, folder)
+    model = _loaded(recipe.model, run, checkpointing=checkpointing, offload=offload)
     source = source_of(model, recipe.model.name)
+    leads = run.team is None or run.team.rank == 0
     if folder.exists():
         _check_base(artifact.read_card(folder), source.revision, folder)
-        return certified(folder, model, _request(artifact.read_card(folder)), out)
+        return certified(folder, model, _request(artifact.read_card(folder)), out) if leads else folder
     seen = before.on(model) if before else model
     check(seen, recipe.method.name, eraser, request)
-    job = _job(recipe, eraser, request)
+    job = _job(recipe, eraser, request, run.parts)
     said = artifact.said(model, job)
     if before:
         _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
-    made_by, fresh = code(recorded=recorded), not out.exists()
+    training = Training(out, of=_told(recipe, source.revision, run.parts), writes=leads)
+    if not leads:
+        _trained(job, seen, run, training, 0, unseen)
+        return folder
+    made_by, fresh, start = code(recorded=recorded), not out.exists(), time.monotonic()
     _begun(recipe, out)
-    training = Training(out, of=_told(recipe, source.revision))
-    start = time.monotonic()
     with _withdrawn(out, training, fresh):
-        patch = _watched(job, seen, logged(run, training, recipe.seed), out, preview, show)
+        patch = _trained(job, seen, run, training, preview, show)
     whole = _chain.after(before.card, before.patch, said, patch) if before else patch
     artifact.save(
-        folder,
-        whole,
-        model,
-        job,
-        source=source,
-        made_by=made_by,
-        seconds=time.monotonic() - start,
-        log=training.rows,
+        folder, whole, model, job, source=source, made_by=made_by, seconds=time.monotonic() - start, log=training.rows
     )
     training.remove()
     return certified(folder, model, _request(artifact.read_card(folder)), out)
+
+
+def _loaded(choice: ModelChoice, run: Run, *, checkpointing: bool, offload: bool) -> Generator:
+    run.progress(f"load {choice.name}", 0, 1)
+    heavy = {"checkpointing": checkpointing, "offload": offload}
+    model = load_model(choice.name, device=run.device, dtype=choice.dtype, **heavy)
+    run.progress(f"load {choice.name}", 1, 1)
+    return model
 
 
 def _begun(recipe: Recipe, out: Path) -> None:
@@ -99,7 +101,7 @@ def _begun(recipe: Recipe, out: Path) -> None:
     recipe.write(out / "recipe.toml")
 
 
-def _job(recipe: Recipe, eraser: Eraser, request: Request) -> artifact.Job:
+def _job(recipe: Recipe, eraser: Eraser, request: Request, parts: int) -> artifact.Job:
     return artifact.Job(
         method=recipe.method.name,
         eraser=eraser,
@@ -107,21 +109,25 @@ def _job(recipe: Recipe, eraser: Eraser, request: Request) -> artifact.Job:
         request=request,
         seed=recipe.seed,
         budget=recipe.budget,
+        parts=parts,
     )
 
 
-def _watched(job: artifact.Job, model: Generator, run: Run, out: Path, preview: int, show: Show) -> Patch:
-    """Run the method under watch."""
-    watch = watching(model, job.request, run, out, budget=job.budget, preview=preview, show=show)
-    patch = job.eraser.erase(model, job.request, dataclasses.replace(run, watch=watch))
-    if job.budget is not None and not (watch and watch.looks):
-        raise InputError(f"method {job.method!r} trains nothing, so a budget has no meaning for it")
+def _trained(job: artifact.Job, model: Generator, run: Run, training: Training, preview: int, show: Show) -> Patch:
+    """Run the method, watched and logged; refuse words about a training where there was none."""
+    out, own = training.folder.parent, logged(run, training)
+    watch = watching(model, job.request, own, out, budget=job.budget, preview=preview, show=show)
+    patch = job.eraser.erase(model, job.request, dataclasses.replace(own, watch=watch))
+    asked = {"budget": job.budget is not None, "more than one loss a step": job.parts > 1}
+    if any(asked.values()) and not any(row["name"] == "loss" for row in training.rows):
+        what = next(name for name in asked if asked[name])
+        raise InputError(f"method {job.method!r} trains nothing, so {what} has no meaning for it")
     return patch
 
 
-def _told(recipe: Recipe, revision: str) -> str:
+def _told(recipe: Recipe, revision: str, parts: int) -> str:
     """Name all that the bits of a training depend on, but for the machine."""
-    said = f"{recipe.to_toml()}\n{revision}\n{expunge.__version__}\n{torch.__version__}"
+    said = f"{recipe.to_toml()}\n{parts}\n{revision}\n{expunge.__version__}\n{torch.__version__}"
     return _files.sha256(said.encode())
 
 
@@ -192,17 +198,17 @@ def check_family(model: Generator, name: str, method: type[Eraser]) -> None:
         raise InputError(f"method {name!r} edits {legal}; model {model.name!r} is of family {model.family!r}")
 
 
-def logged(run: Run, training: Training, seed: int) -> Run:
-    """Return a run of a seed whose log also goes to an unfinished training, and which goes on where that was killed."""
+def logged(run: Run, training: Training) -> Run:
+    """Return a run whose log also goes to an unfinished training, and which goes on where that was killed."""
 
     def log(name: str, step: int, value: float) -> None:
         run.log(name, step, value)
         training.log(name, step, value)
 
-    return dataclasses.replace(run, seed=seed, log=log, kept=training)
+    return dataclasses.replace(run, log=log, kept=training)
 
 
-def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, folder: Path) -> None:
+def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, parts: int, folder: Path) -> None:
     """Compare what the card says was done with what is asked; raises InputError naming both and the difference."""
     asked = _plain(
         {
@@ -211,6 +217,7 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             "dtype": recipe.model.dtype,
             "seed": recipe.seed,
             "budget": recipe.budget,
+            "parts": parts,
             "config": dataclasses.asdict(eraser),
             "request": dataclasses.asdict(request),
         }
@@ -222,6 +229,7 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, fo
             "dtype": card.run.dtype,
             "seed": card.run.seed,
             "budget": card.run.budget,
+            "parts": card.run.parts or 1,
             "config": card.config,
             "request": dataclasses.asdict(_request(card)),
         }

@@ -74,7 +74,12 @@ class Recipe:
     target: tuple[TargetEntry, ...]
     retain: tuple[ConceptEntry, ...] = ()
 
+    accumulate: int | None = None
+    """Losses whose gradients are added up before each step of a training; none: one."""
+
     def __post_init__(self) -> None:
+        if self.accumulate is not None and self.accumulate < 1:
+            raise InputError(f"accumulate is {self.accumulate}; legal: 1 and above")
         if self.budget is not None and not self.budget > 0:
             raise InputError(f"budget is {self.budget}; legal: above 0")
 

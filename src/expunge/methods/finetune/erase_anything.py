@@ -125,7 +125,7 @@ class EraseAnything(Eraser):
             now, view = lesson(step), student.view()
             (goal, near, far), row = now.goals, target.take(now.which)
             pred, maps = attended(view, now.state, row, self.blocks)
-            if step % 2 == 0:
+            if step // run.parts % 2 == 0:
                 return (model.distance(pred, goal) + self.attention_weight * mass(maps, row.columns)).mean()
             unlike = reverse_contrast(feature(maps, row.columns), near, far, self.temperature).mean()
             i = torch.randint(len(clean), (self.batch,), generator=run.rng("picture", step))

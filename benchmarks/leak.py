@@ -2,7 +2,7 @@
 
 Each target of a suite is erased once per method, at the method's own settings (or --set METHOD.FIELD=VALUE, for
 instance esd.embedded_scales=[3.5]), and drawn ten times at every scale with the plain template, beside the base
-model. Prints the share of pictures a judge still recognises, clustered by target; --save writes it to results/.
+model. Erasures that benchmarks.effect has made are taken from there, unless something is set. Prints the share of pictures a judge still recognises, clustered by target; --save writes it to results/.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from expunge.core.records import Estimate
 from expunge.core.registry import find
 from expunge.models.load import load
 from expunge.ops.stats import Sample, rate
+from expunge.stages import artifact
 from expunge.stages.recipe import settings
 from expunge.suites.load import load as load_suite
 
@@ -43,11 +44,18 @@ def one(job: tuple[str, str], args: argparse.Namespace) -> list[Seen]:
     torch.set_num_threads(1)
     (method, target), model = job, load(args.model)
     if method != "base":
-        aim = load_suite(args.suite).target(target)
-        given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
-        cls = find("methods", method)
-        model = cls(**settings(cls, given)).erase(model, aim.request(), Run()).on(model)
+        model = erased(model, method, target, args)
     return [Seen(method, target, scale, judged(model, target, scale)) for scale in args.scales]
+
+
+def erased(model: Generator, method: str, target: str, args: argparse.Namespace) -> Generator:
+    """The model without the target."""
+    given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
+    made = args.made / target.replace(" ", "_") / method / "artifact"
+    if made.exists() and not given:
+        return artifact.load(made).on(model)
+    cls, aim = find("methods", method), load_suite(args.suite).target(target)
+    return cls(**settings(cls, given)).erase(model, aim.request(), Run()).on(model)
 
 
 @torch.no_grad()
@@ -84,6 +92,7 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/leak-MODEL.json")
     args = parser.parse_args()
+    args.made = Path("runs") / "effect" / Path(args.model).name / args.suite
     targets = args.targets or [target.concept.name for target in load_suite(args.suite).targets]
     jobs = [(method, target) for method in ("base", *args.methods) for target in targets]
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:

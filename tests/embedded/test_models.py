@@ -1,12 +1,13 @@
 """The embedded models are stock: diffusers and transformers open them with none of our code."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 from safetensors import safe_open
 from training import calibrate, loop, world
 from training.autoencoder import reconstruct
@@ -15,6 +16,7 @@ from transformers import CLIPTokenizer
 from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 from expunge.core.registry import find
+from expunge.models._names import embedded_names
 from expunge.models.load import load
 
 EMBEDDED = Path(__file__).parents[2] / "src" / "expunge" / "embedded"
@@ -22,25 +24,55 @@ PROMPTS = ["a flat picture of a strawberry on a blue background", "a ink picture
 JUDGES = ("judge_cnn", "judge_vit")
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionPipeline:
-    pipe = StableDiffusionPipeline.from_pretrained(EMBEDDED / "emoji-unet", local_files_only=True)
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+MODELS = ("emoji-flux", "emoji-flux-distilled", "emoji-unet")
 
 
-def test_the_stock_pipeline_draws_what_we_draw(pipeline):
-    seeds = [3, 4]
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    stock = pipeline(PROMPTS, num_inference_steps=5, guidance_scale=4.0, generator=generators, output_type="np").images
-    ours = load("emoji-unet").generate(PROMPTS, seeds=seeds, guidance_scale=4.0, steps=5)
-    assert np.abs(stock - ours.permute(0, 2, 3, 1).numpy()).max() < 1e-5
-    other = load("emoji-unet").generate(PROMPTS, seeds=[5, 6], guidance_scale=4.0, steps=5)
-    assert np.abs(stock - other.permute(0, 2, 3, 1).numpy()).max() > 0.05
+def stock(name: str, seeds: Sequence[int]) -> np.ndarray:
+    """What the stock pipeline draws at scale 4 in 5 steps; FLUX' two kinds take scale and sizes in their own ways."""
+    pipeline = DiffusionPipeline.from_pretrained(EMBEDDED / name, local_files_only=True)
+    pipeline.set_progress_bar_config(disable=True)
+    asked = {"generator": [torch.Generator().manual_seed(seed) for seed in seeds], "output_type": "np"}
+    if isinstance(pipeline, FluxPipeline):
+        asked |= {"height": 64, "width": 64, "max_sequence_length": pipeline.tokenizer_2.model_max_length}
+    if name == "emoji-flux":
+        asked |= {"true_cfg_scale": 4.0, "negative_prompt": ["", ""]}
+    else:
+        asked["guidance_scale"] = 4.0
+    return pipeline(PROMPTS, num_inference_steps=5, **asked).images
 
 
-def test_weights_are_small_and_half_precision():
-    files = list(EMBEDDED.rglob("*.safetensors"))
+def test_these_models_ship():
+    assert embedded_names() == MODELS
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_stock_pipeline_draws_what_we_draw(name):
+    model, theirs = load(name), stock(name, [3, 4])
+    ours = model.generate(PROMPTS, seeds=[3, 4], guidance_scale=4.0, steps=5)
+    assert np.abs(theirs - ours.permute(0, 2, 3, 1).numpy()).max() < 1e-5
+    other = model.generate(PROMPTS, seeds=[5, 6], guidance_scale=4.0, steps=5)
+    assert np.abs(theirs - other.permute(0, 2, 3, 1).numpy()).max() > 0.05
+
+
+def test_the_two_of_flux_are_one_model_but_for_the_scale():
+    """Everything but the transformer is the same, and that has one part more: the embedder of the scale."""
+    plain, distilled = (EMBEDDED / name for name in MODELS[:2])
+    for part in ("text_encoder", "text_encoder_2", "vae"):
+        file = next((plain / part).glob("*.safetensors")).relative_to(plain)
+        assert (plain / file).read_bytes() == (distilled / file).read_bytes()
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    with safe_open(plain / weights, "pt") as one, safe_open(distilled / weights, "pt") as two:
+        more = set(two.keys()) - set(one.keys())
+        assert more
+        assert all(key.startswith("time_text_embed.guidance_embedder.") for key in more)
+        assert set(one.keys()) < set(two.keys())
+
+
+@pytest.mark.parametrize("flow", [True, False], ids=["flow", "the rest"])
+def test_weights_are_small_and_half_precision(flow):
+    files = [
+        f for f in EMBEDDED.rglob("*.safetensors") if f.relative_to(EMBEDDED).parts[0].startswith("emoji-flux") is flow
+    ]
     assert len(files) >= 6
     assert sum(file.stat().st_size for file in files) <= 60e6
     for file in files:
@@ -49,8 +81,9 @@ def test_weights_are_small_and_half_precision():
         assert kinds <= {"F16", "I64"}, file
 
 
-def test_the_model_names_its_licence_and_the_hands_that_drew():
-    card = (EMBEDDED / "emoji-unet" / "README.md").read_text()
+@pytest.mark.parametrize("name", MODELS)
+def test_the_model_names_its_licence_and_the_hands_that_drew(name):
+    card = (EMBEDDED / name / "README.md").read_text()
     assert "license: apache-2.0" in card
     for hand in ("Twemoji", "EmojiOne", "Fluent", "Noto"):
         assert hand in card

@@ -2,7 +2,8 @@
 
 Each target of a suite is erased once per method, at the method's own settings (or --set METHOD.FIELD=VALUE, for
 instance esd.embedded_scales=[3.5]), and drawn ten times at every scale with the plain template, beside the base
-model. Erasures that benchmarks.effect has made are taken from there, unless something is set. Prints the share of pictures a judge still recognises, clustered by target; --save writes it to results/.
+model. Erasures that benchmarks.effect has made are taken from there, unless something is set. Prints the share of
+pictures a judge still recognises, clustered by target; --save writes it to results/.
 """
 
 import argparse

@@ -26,6 +26,7 @@ HOMES = {
     "undo": "sequel",
     "export": "export",
     "generate": "generate",
+    "purify": "purify",
     "score": "score",
     "attack": "attack",
     "certify": "certify",

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
@@ -208,20 +207,6 @@ def finished(tokenizer: T5TokenizerFast) -> FluxNet:
     return net
 
 
-def grown(weights: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Give every single block of weights that have half of them a copy behind it, silent until it has learned."""
-    stem = "transformer.single_transformer_blocks."
-    if f"{stem}{SINGLES - 1}.proj_out.weight" in weights:
-        return weights
-    found = {name: w for name, w in weights.items() if not name.startswith(stem)}
-    for name in weights.keys() - found.keys():
-        block, _, rest = name.removeprefix(stem).partition(".")
-        found[f"{stem}{2 * int(block)}.{rest}"] = weights[name]
-        silent = rest.startswith("proj_out.")
-        found[f"{stem}{2 * int(block) + 1}.{rest}"] = torch.zeros_like(weights[name]) if silent else weights[name]
-    return found
-
-
 def assemble(weights: dict[str, Tensor], tokenizer: T5TokenizerFast, *, distilled: bool) -> FluxPipeline:
     """Join the trained parts with the frozen ones into a stock pipeline."""
     net = FluxNet(len(tokenizer), distilled=distilled)
@@ -247,7 +232,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(args.cache)
     net = FluxNet(len(tokenizer), distilled=args.distil)
     if args.start:
-        net.load_state_dict(grown(load_file(args.start)))
+        net.load_state_dict(finished(tokenizer).state_dict())
     if args.distil:
         net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
         for new in net.transformer.time_text_embed.guidance_embedder.linear_2.parameters():
@@ -270,7 +255,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--distil", action="store_true")
     parser.add_argument("--steps", type=int, default=14000)
-    parser.add_argument("--start", type=Path, help="weights to begin from where no checkpoint is left")
+    parser.add_argument("--start", choices=[NAMES[False]], help="begin from what ships where no checkpoint is left")
     parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)

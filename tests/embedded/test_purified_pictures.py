@@ -55,6 +55,7 @@ def test_the_erased_concept_leaves_the_picture_and_stays_in_the_base_models_walk
     assert not shows(after, "strawberry")
 
 
+@pytest.mark.slow
 def test_a_neighbour_stays(made: Path, tmp_path: Path) -> None:
     picture = real("cherries", tmp_path)
     _, after = purify(

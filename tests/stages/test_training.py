@@ -28,6 +28,7 @@ METHODS = {
     "ce_sdwv": BRIEF,
     "erase_anything": {**BRIEF, "pictures": 2},
 }
+SLOW = ("ant", "fade", "mace", "ce_sdwv")  # loops like those of the others
 MODELS = {"erase_anything": "tiny-flux"}
 
 
@@ -69,7 +70,7 @@ def bits(folder: Path) -> dict[str, list[int]]:
     return {name: t.view(torch.uint8).flatten().tolist() for name, t in load_file(folder / "patch.safetensors").items()}
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [pytest.param(m, marks=pytest.mark.slow if m in SLOW else ()) for m in METHODS])
 def test_a_killed_erasure_ends_at_the_same_bits(method: str, tmp_path: Path) -> None:
     whole = erase(recipe(method), tmp_path / "whole", Run())
     with pytest.raises(Killed):

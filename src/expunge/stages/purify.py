@@ -44,9 +44,7 @@ def purify(
     for done, (file, model) in enumerate(zip(files, (base, made.on(base)), strict=True)):
         run.progress("walks", done, len(files))
         cond, uncond = at_scales(model.encode([prompt]), (guidance_scale,)), model.encode([""])
-        scale = (
-            1.0 if getattr(base, "distilled", False) else guidance_scale
-        )
+        scale = 1.0 if getattr(base, "distilled", False) else guidance_scale
         found = descended(model, noisy, cond, uncond, guidance_scale=scale, steps=steps, depth=depth)
         _files.write_bytes(file, png(base.decode(found)[0]))
     run.progress("walks", len(files), len(files))

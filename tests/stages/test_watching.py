@@ -85,7 +85,7 @@ def test_a_killed_training_under_a_budget_ends_at_the_same_bits(tmp_path: Path):
 
 
 def test_a_budget_that_the_first_look_finds_spent_leaves_nothing_behind(tmp_path: Path):
-    with pytest.raises(InputError, match="after 3 steps, at the first look"):
+    with pytest.raises(InputError, match=r"after 3 steps, at the first look: collateral change .*, budget 1e-12"):
         erase(recipe(1e-12), tmp_path / "out", Run())
     assert not (tmp_path / "out").exists()
 
@@ -115,6 +115,21 @@ def test_previews_draw_targets_over_what_stays_and_no_explicit_one(tmp_path: Pat
     plain = erase(recipe(None, kind=kind), tmp_path / "unseen", Run())
     seen, unseen = (artifact.load(folder).patch.tensors() for folder in (made, plain))
     assert all(bool((seen[name] == unseen[name]).all()) for name in unseen)
+
+
+def test_a_killed_training_may_be_looked_at_when_it_goes_on(tmp_path: Path):
+    whole = erase(recipe(None), tmp_path / "whole", Run())
+
+    def progress(label: str, done: int, total: int) -> None:
+        if label == "fit" and done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        erase(recipe(None), tmp_path / "killed", Run(progress=progress))
+    resumed = erase(recipe(None), tmp_path / "killed", Run(), preview=6)
+    assert (tmp_path / "killed" / "preview" / "step-000012.png").exists()
+    ours, theirs = (artifact.load(folder).patch.tensors() for folder in (resumed, whole))
+    assert all(bool((ours[name] == theirs[name]).all()) for name in theirs)
 
 
 def test_a_preview_of_negative_steps_is_refused(tmp_path: Path):

@@ -42,11 +42,16 @@ class Kept(Protocol):
 
 @runtime_checkable
 class Watch(Protocol):
-    """Someone who looks at a model while it is trained, and may end the training."""
+    """Someone who looks at a model while it is trained, and may end the training; as text, what was seen last."""
 
     @property
     def every(self) -> int:
         """Steps from one look to the next."""
+        ...
+
+    @property
+    def judges(self) -> bool:
+        """Whether a look can end a training; otherwise nothing need be remembered for going back."""
         ...
 
     def __call__(self, done: int, view: Generator, *, last: bool) -> bool | None:

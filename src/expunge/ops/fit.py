@@ -95,12 +95,12 @@ class Watched:
     def __init__(self, student: Learner, watch: Watch) -> None:
         self.student, self.watch = student, watch
         self.looks = torch.zeros((), dtype=torch.long)
-        self.allowed = [master.detach().clone() for master in student.parameters]
+        self.allowed = [master.detach().clone() for master in student.parameters] if watch.judges else []
 
     @property
     def state(self) -> tuple[Tensor, ...]:
         """Tensors that change from look to look."""
-        return self.looks, *self.allowed
+        return (self.looks, *self.allowed) if self.watch.judges else ()
 
     @torch.no_grad()
     def allows(self, done: int, run: Run, *, last: bool) -> bool:
@@ -112,9 +112,7 @@ class Watched:
             return True
         allowed = agreed(judged, run)
         if not allowed and not self.looks:
-            raise InputError(
-                f"after {done} steps, at the first look, more had moved than may; allow more, or lower lr or steps"
-            )
+            raise InputError(f"after {done} steps, at the first look: {self.watch}; allow more, or lower lr")
         sides = (self.allowed, self.student.parameters)
         for new, old in zip(*(sides if allowed else sides[::-1]), strict=True):
             new.copy_(old)

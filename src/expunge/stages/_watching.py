@@ -21,7 +21,7 @@ ACROSS, STEPS, GUIDANCE_SCALE = 4, 15, 4.0  # pictures in each of a preview's tw
 Show = Callable[[str, Path], None]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Watching:
     """Measures collateral change against a budget, and draws targets over retained concepts, every so many steps."""
 
@@ -32,6 +32,16 @@ class Watching:
     budget: float
     preview: int
     show: Show
+    value: float = math.nan
+    """The collateral change that was measured last."""
+
+    def __str__(self) -> str:
+        return f"collateral change {self.value:.3g}, budget {self.budget:g}"
+
+    @property
+    def judges(self) -> bool:
+        """Whether there is a budget."""
+        return self.collateral is not None
 
     @property
     def every(self) -> int:
@@ -45,9 +55,9 @@ class Watching:
             self._draw(done, view)
         if self.collateral is None or (done % EVERY and not last):
             return None
-        value = self.collateral(view)
-        self.run.log("collateral", done - 1, value)
-        return value <= self.budget
+        self.value = self.collateral(view)
+        self.run.log("collateral", done - 1, self.value)
+        return self.value <= self.budget
 
     def _draw(self, done: int, view: Generator) -> None:
         # explicit targets are never drawn: what should stay fills their place

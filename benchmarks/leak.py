@@ -49,12 +49,18 @@ def one(job: tuple[str, str], args: argparse.Namespace) -> list[Seen]:
     return [Seen(method, target, scale, judged(model, target, scale)) for scale in args.scales]
 
 
+def made_before(method: str, target: str, args: argparse.Namespace) -> Path | None:
+    """The artifact that benchmarks.effect left, unless something is set for the method or there is none."""
+    made: Path = args.made / target.replace(" ", "_") / method / "artifact"
+    told = any(pair.startswith(f"{method}.") for pair in args.set)
+    return made if made.exists() and not told else None
+
+
 def erased(model: Generator, method: str, target: str, args: argparse.Namespace) -> Generator:
     """The model without the target."""
-    given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
-    made = args.made / target.replace(" ", "_") / method / "artifact"
-    if made.exists() and not given:
+    if made := made_before(method, target, args):
         return artifact.load(made).on(model)
+    given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
     cls, aim = find("methods", method), load_suite(args.suite).target(target)
     return cls(**settings(cls, given)).erase(model, aim.request(), Run()).on(model)
 
@@ -106,6 +112,10 @@ def main() -> None:
     if args.save:
         facts = {"model": args.model, "suite": args.suite, "targets": targets, "set": args.set, "pictures": 10}
         facts |= {"machine": platform.machine(), "torch": torch.__version__}
+        cards = {(m, t): artifact.read_card(made) for m, t in jobs if (made := made_before(m, t, args))}
+        facts["made_before"] = {
+            f"{m} {t}": {name: card.config[name] for name in card.given} for (m, t), card in cards.items()
+        }
         facts["rates"] = {j: {m: {s: asdict(e) for s, e in r.items()} for m, r in ms.items()} for j, ms in rows.items()}
         (RESULTS / f"leak-{Path(args.model).name}.json").write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -94,7 +94,7 @@ def run(words: Sequence[str]) -> int:
     except OSError as error:
         return _fail(_disk(error))
     if code == INTERRUPTED:
-        typer.echo("interrupted; finished files are kept: drawing and judging continue, erasing starts anew", err=True)
+        typer.echo("interrupted; finished files are kept, and the same command goes on from the last of them", err=True)
     return int(code)
 
 

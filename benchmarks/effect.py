@@ -2,12 +2,12 @@
 
 Every target is erased by every method at default settings (or --set METHOD.FIELD=VALUE), drawn with the suite's own
 sampler and seeds beside the base model, and judged. Prints pooled rates as counted (every target has equally many
-cases), clustered by prompt, and writes them to results/. Finished targets are kept, so a killed run continues.
+cases), clustered by prompt. Finished targets are kept, so a killed run continues; --save adds the decisions to those of
+earlier runs (benchmarks.effect_record) and writes the rates of all of them to results/.
 """
 
 import argparse
 import json
-import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import effect_record as kept
 from expunge.cli.erase import build
 from expunge.core.eraser import Run
 from expunge.core.records import Estimate
@@ -28,6 +29,7 @@ from expunge.suites.load import load
 RESULTS = Path(__file__).parent / "results"
 ROLES = {"target": "target_rate", "synonym": "synonym_rate", "retain": "retain_rate"}
 TARGET, RETAINED = 0.15, 0.90
+BATCH = 40
 Rates = dict[str, Estimate]
 
 
@@ -36,7 +38,8 @@ def one(target: str, args: argparse.Namespace) -> None:
     torch.set_num_threads(1)
     suite, folder, run = load(args.suite), args.out / target.replace(" ", "_"), Run()
     aim = suite.target(target)
-    sample(None, args.suite, folder, run, model=args.model, targets=[target], cache=args.out.parent / "base")
+    base = args.out.parent / "base"
+    sample(None, args.suite, folder, run, model=args.model, targets=[target], cache=base, batch=BATCH)
     for method in args.methods:
         recipe = build(
             model=args.model,
@@ -49,21 +52,28 @@ def one(target: str, args: argparse.Namespace) -> None:
             seed=args.seed,
         )
         erase(recipe, folder / method, run)
-        sample(folder / method, args.suite, folder, run, targets=[target])
+        sample(folder / method, args.suite, folder, run, targets=[target], batch=BATCH)
     score(folder, run)
 
 
-def rows(folder: Path) -> list[dict]:
+def rows(folder: Path, target: str = "*") -> list[dict]:
     """Every decision about a case's own concept, or its style, with the case it is about."""
     found = []
-    for index in folder.glob("*/samples/*/*/index.jsonl"):
+    for index in folder.glob(f"{target}/samples/*/*/index.jsonl"):
         cases = {row["case_id"]: row for row in map(json.loads, index.read_text().splitlines())}
         arm, scores = index.parent.name, index.parents[3] / "scores.jsonl"
         for row in map(json.loads, scores.read_text().splitlines()):
             if row["arm"] == arm:
                 case = cases[row["case_id"]]
                 own = row["concept"] == case["concept"]
-                found.append({**row, "role": case["role"] if own else "style", "prompt": case["prompt"]})
+                found.append(
+                    {
+                        **row,
+                        "role": case["role"] if own else "style",
+                        "prompt": case["prompt"],
+                        "target": case["target"],
+                    }
+                )
     return found
 
 
@@ -93,6 +103,12 @@ def table(found: Sequence[dict]) -> dict[str, dict[str, Rates]]:
     return result
 
 
+def facing(found: Sequence[dict], arm: str) -> list[dict]:
+    """The base model's rows about the targets that an arm erased."""
+    targets = {row["target"] for row in found if row["arm"] == arm}
+    return [row for row in found if row["arm"] == "base" and row["target"] in targets]
+
+
 def verdict(rates: Rates, base: Rates) -> dict[str, float | bool]:
     """Whether the arm erases (target at most TARGET) and retains (at least RETAINED of the base model's rate)."""
     kept = rates["retain_rate"].value / base["retain_rate"].value
@@ -118,14 +134,60 @@ def seconds(folder: Path, methods: Sequence[str]) -> dict[str, float]:
     return {m: round(sum(c.run.seconds for c in found) / len(found), 1) for m, found in cards.items() if found}
 
 
-def plain(arms: dict[str, Rates]) -> dict[str, dict]:
-    """One detector's arms for JSON, each but the base with its verdict."""
-    found: dict[str, dict] = {}
-    for arm, rates in arms.items():
-        found[arm] = {name: asdict(estimate) for name, estimate in rates.items()}
-        if arm != "base":
-            found[arm]["verdict"] = verdict(rates, arms["base"])
-    return found
+def plain(found: Sequence[dict]) -> dict[str, dict[str, dict]]:
+    """Detector → arm → rates for JSON, each arm but the base with its verdict against the base on its own targets."""
+    rates: dict[str, dict[str, dict]] = {}
+    for detector, arms in table(found).items():
+        mine = [row for row in found if row["detector"] == detector]
+        for arm, own in arms.items():
+            held = rates.setdefault(detector, {}).setdefault(arm, {n: asdict(estimate) for n, estimate in own.items()})
+            if arm != "base":
+                held["verdict"] = verdict(own, estimates(facing(mine, arm), detector))
+    return rates
+
+
+def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
+    """Add this run's decisions to the record, and write the rates of all that is on record."""
+    suite, record = load(args.suite), kept.read(args.model, args.suite)
+    for target in targets:
+        folder = args.out / target.replace(" ", "_")
+        for arm, seen in kept.packed(rows(folder.parent, folder.name), suite, target).items():
+            card = None if arm == "base" else read_card(folder / arm / "artifact")
+            told = sorted(pair for pair in args.set if pair.startswith(f"{arm}."))
+            kept.add(record, target, arm, {"set": told, "seconds": card and round(card.run.seconds, 1), **seen})
+    kept.write(record, args.model, args.suite)
+    facts = {"model": args.model, "suite": args.suite, "bars": {"target_rate": TARGET, "retained_of_base": RETAINED}}
+    arms = sorted({arm for held in record.values() for arm in held})
+    facts["targets"] = {arm: [target for target, held in record.items() if arm in held] for arm in arms}
+    facts["rates"] = plain(kept.unpacked(record, suite))
+    (RESULTS / f"effect-{Path(args.model).name}-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def markdown(model: str, name: str, record: kept.Record) -> str:
+    """One row per arm and judge: per cent and 95 % interval, and mean seconds of an erasure."""
+    suite = load(name)
+    lines = [
+        f"| {model}, {name}: method, judge | targets | target | synonyms | neighbours | style | of base retained | s |"
+    ]
+    lines += ["|---" * 8 + "|"]
+    found = kept.unpacked(record, suite)
+    rates = plain(found)
+    for arm in sorted({row["arm"] for row in found}, key=lambda arm: (arm != "base", arm)):
+        mine = [held[arm] for held in record.values() if arm in held]
+        spent = "–" if arm == "base" else f"{sum(held['seconds'] for held in mine) / len(mine):.1f}"
+        for judge in suite.detectors:
+            own = rates[judge][arm]
+            cells = [per_cent(own.get(f"{role}_rate")) for role in kept.ROLES]
+            share = f"{own['verdict']['retained_of_base']:.1%}"[:-1] if arm != "base" else "–"
+            lines.append(
+                f"| {arm}, {judge.removeprefix('judge_')} | {len(mine)} | {' | '.join(cells)} | {share} | {spent} |"
+            )
+    return "\n".join(lines)
+
+
+def per_cent(rate: dict | None) -> str:
+    """A rate and its interval in per cent."""
+    return "–" if rate is None else f"{rate['value']:.1%} [{rate['low']:.1%}, {rate['high']:.1%}]".replace("%", "")
 
 
 def main() -> None:
@@ -145,22 +207,10 @@ def main() -> None:
     targets = args.targets or [target.concept.name for target in load(args.suite).targets]
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         pool.map(partial(one, args=args), targets, chunksize=1)
-    result = table(rows(args.out))
-    show(result)
+    show(table(rows(args.out)))
     print("mean seconds per erasure:", seconds(args.out, args.methods))
     if args.save:
-        facts = {
-            "model": args.model,
-            "suite": args.suite,
-            "targets": targets,
-            "set": args.set,
-            "torch": torch.__version__,
-        }
-        facts |= {"machine": platform.machine(), "seconds": seconds(args.out, args.methods)}
-        facts["bars"] = {"target_rate": TARGET, "retained_of_base": RETAINED}
-        facts["rates"] = {detector: plain(arms) for detector, arms in result.items()}
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"effect-{Path(args.model).name}-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        save(args, targets)
 
 
 if __name__ == "__main__":

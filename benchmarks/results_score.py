@@ -115,7 +115,7 @@ def cell(folder: Path, args: Namespace) -> dict[str, Any]:
         "targets": args.targets,
         "seeds": args.seeds,
         "machine": platform.processor() or platform.machine(),
-        "rates": {detector: effect.plain(arms_) for detector, arms_ in effect.table(found).items()},
+        "rates": effect.plain(found),
         "distance": {detector: quality(folder, detector) for detector in load_suite(args.suite).detectors},
         "seconds": {m: round(sum(c.run.seconds for c in held) / len(held), 1) for m, held in cards.items()},
         "peak_bytes": {m: max(c.run.peak_bytes for c in held) for m, held in cards.items()},

@@ -17,6 +17,7 @@ from expunge.models.load import load
 from expunge.ops.suppress import (
     Component,
     Part,
+    Sense,
     Suppressor,
     TokenCorrection,
     added,
@@ -36,8 +37,11 @@ def drawn(seed: int, *shape: int) -> Tensor:
 def made(centre: float = 0.0) -> Component:
     """A concept of two directions in rows of width 6, wholly suppressed at any evidence above −1."""
     parts = {kind: Part(principal(drawn(seed, 2, 6), 1.0), torch.full((6,), centre).double()) for seed, kind in KINDS}
-    axis = torch.nn.functional.normalize(drawn(9, 6), dim=0)
-    return Component(parts, axis, torch.zeros(6).double(), torch.tensor([-3.0, -2.0]).double())
+    return Component(parts, {"tail": sensing(torch.tensor([-3.0, -2.0]).double())})
+
+
+def sensing(gate: Tensor, seed: int = 9) -> Sense:
+    return Sense(torch.nn.functional.normalize(drawn(seed, 6), dim=0), torch.zeros(6).double(), gate)
 
 
 KINDS = ((1, "word"), (2, "tail"), (3, "pooled"))
@@ -110,10 +114,10 @@ def test_the_opening_row_never_moves_whatever_is_added() -> None:
 
 def test_the_gate_opens_between_its_two_bounds() -> None:
     part = made()
-    seen = part.evidence(COND)
+    seen = part.senses["tail"].evidence(COND, "tail")
     low, high = float(seen.min()), float(seen.max())
     assert high - low > 0.05
-    ramp = replace(part, gate=torch.tensor([low, high]).double())
+    ramp = replace(part, senses={"tail": sensing(torch.tensor([low, high]).double())})
     torch.testing.assert_close(ramp.alpha(COND), ((seen - low) / (high - low)))
     spared = int(seen.argmin())
     got = guard(ramp).condition(COND)
@@ -122,7 +126,19 @@ def test_the_gate_opens_between_its_two_bounds() -> None:
     always = guard(ramp, adaptive=False).condition(COND)
     assert not torch.equal(always.tokens[spared], COND.tokens[spared])
     far = replace(COND, tokens=3 * COND.tokens)  # an angle: longer rows are no more evidence
-    torch.testing.assert_close(part.evidence(far), seen)
+    torch.testing.assert_close(part.senses["tail"].evidence(far, "tail"), seen)
+
+
+def test_what_one_kind_of_row_shows_is_enough() -> None:
+    never = sensing(torch.tensor([1.5, 2.0]).double(), seed=5)
+    words = never.evidence(COND, "word")
+    half = sensing(torch.stack([words.min(), words.max()]), seed=5)
+    either = replace(made(), senses={"word": half, "tail": never})
+    torch.testing.assert_close(either.alpha(COND), ((words - words.min()) / (words.max() - words.min())))
+    assert float(either.alpha(COND).max()) == 1
+    assert not replace(made(), senses={"tail": never}).alpha(COND).any()
+    none = replace(COND, last=torch.tensor([0, 3]))  # a prompt without words has no evidence in words
+    assert float(half.evidence(none, "word")[0]) == -1
 
 
 def test_components_are_the_fewest_that_hold_the_energy() -> None:

@@ -52,30 +52,42 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Component:
-    """One concept: its parts by kind of row ("word", "tail", "pooled"), and what tells a prompt that shows it."""
+class Sense:
+    """What tells, from one kind of row, a prompt that shows a concept."""
 
-    parts: Mapping[str, Part]
     axis: Float[Tensor, "d"]
-    """Unit vector along the mean difference of the target's closing rows and the anchor's."""
+    """Unit vector along the mean difference of the target's rows and the anchor's."""
     origin: Float[Tensor, "d"]
-    """Mean of the anchor's closing rows, from which prompts are seen."""
+    """Mean of the anchor's rows, from which prompts are seen."""
     gate: Float[Tensor, "2"]
     """low, high: evidence at which suppression begins, and at which it is whole."""
 
-    def evidence(self, cond: Condition) -> Float[Tensor, "b"]:
-        """Largest cosine of the angle between the axis and a closing row as seen from the anchor's, in float64.
+    def evidence(self, cond: Condition, kind: str) -> Float[Tensor, "b"]:
+        """Largest cosine of the angle between the axis and a row of the kind as seen from the anchor's, in float64.
 
-        max over closing rows i of <e_i - o, axis> / |e_i - o|, o the origin; the anchor's side counts against.
+        max over rows i of <e_i - o, axis> / |e_i - o|, o the origin, -1 without such a row; the anchor's side counts
+        against.
         """
         off = cond.tokens.double() - self.origin
         cosine = (off @ self.axis) / off.norm(dim=-1).clamp(min=1e-12)
-        return cosine.masked_fill(~row_kinds(cond)["tail"], -1.0).amax(1)
+        return cosine.masked_fill(~row_kinds(cond)[kind], -1.0).amax(1)
+
+    def alpha(self, cond: Condition, kind: str) -> Float[Tensor, "b"]:
+        """How far the gate is open: clip((evidence - low) / (high - low), 0, 1)."""
+        low, high = self.gate
+        return ((self.evidence(cond, kind) - low) / (high - low)).clamp(0, 1)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One concept: its parts by kind of row ("word", "tail", "pooled"), and its senses ("word", "tail")."""
+
+    parts: Mapping[str, Part]
+    senses: Mapping[str, Sense]
 
     def alpha(self, cond: Condition) -> Float[Tensor, "b"]:
-        """How much is to be suppressed: clip((evidence - low) / (high - low), 0, 1)."""
-        low, high = self.gate
-        return ((self.evidence(cond) - low) / (high - low)).clamp(0, 1)
+        """How much is to be suppressed: what the sense says that is surest."""
+        return torch.stack([sense.alpha(cond, kind) for kind, sense in self.senses.items()]).amax(0)
 
     def removed(self, cond: Condition, alpha: Float[Tensor, "b"]) -> Condition:
         """Take the parts out of every row but the opening one: e' = e - alpha (e - m) B B^T."""
@@ -93,7 +105,8 @@ class Component:
         """Rebuild the component that `Suppressor.tensors` stored under a number."""
         kinds = [kind for kind in KINDS if f"{index}.{kind}.basis" in tensors]
         parts = {kind: Part(tensors[f"{index}.{kind}.basis"], tensors[f"{index}.{kind}.centre"]) for kind in kinds}
-        return cls(parts, *(tensors[f"{index}.{name}"] for name in ("axis", "origin", "gate")))
+        senses = {k: Sense(*(tensors[f"{index}.{k}.{name}"] for name in ("axis", "origin", "gate"))) for k in KINDS[:2]}
+        return cls(parts, senses)
 
 
 def component(
@@ -107,25 +120,39 @@ def component(
 ) -> Component:
     """Find a concept in the rows of a vocabulary, each text faced by its anchor, and the gate that spares other texts.
 
-    low: the largest evidence of the unrelated, high = low + reach * (the least of the vocabulary - low). Where the two
-    are less than GAP apart the target comes first: low is then GAP below the vocabulary's. Raises InputError where
-    target and anchor read alike, and for a reach outside (0, 1].
+    A sense's axis is the mean difference over the rows that differ at least half as much as the one that differs most,
+    which in words are those of the phrase. low: the largest evidence of the unrelated, high = low + reach * (the
+    vocabulary's median - low). Where these are less than GAP apart the target comes first: low is then GAP below the
+    median. Raises InputError where target and anchor read alike, and for a reach outside (0, 1].
     """
     if not 0 < reach <= 1:
         raise InputError(f"reach is {reach}; legal: above 0, at most 1")
-    target, anchor = model.encode(targets), model.encode(anchors)
-    parts, axis = {}, None
+    target, anchor, others = (model.encode(texts) for texts in (targets, anchors, unrelated))
+    parts, senses = {}, {}
     for kind in KINDS[: 2 if target.pooled is None else 3]:
         pairs = [facing_rows(target, anchor, row, kind) for row in range(len(target))]
         old, new = (torch.cat(side).double() for side in zip(*pairs, strict=True))
         parts[kind] = Part(principal(old - new, energy), new.mean(0) if goal == "anchor" else torch.zeros_like(new[0]))
-        if kind == "tail":
-            axis, origin = torch.nn.functional.normalize((old - new).mean(0), dim=0), new.mean(0)
-    assert axis is not None
-    found = Component(parts, axis, origin, axis.new_tensor([0.0, 1.0]))
-    least, low = found.evidence(target).min(), found.evidence(model.encode(unrelated)).max()
-    low = torch.minimum(low, least - GAP)
-    return replace(found, gate=torch.stack([low, low + reach * (least - low)]))
+        if kind != "pooled":
+            senses[kind] = _sense(kind, old, new, target, others, reach)
+    return Component(parts, senses)
+
+
+def _sense(
+    kind: str,
+    old: Float[Tensor, "n d"],
+    new: Float[Tensor, "n d"],
+    vocabulary: Condition,
+    unrelated: Condition,
+    reach: float,
+) -> Sense:
+    apart = (old - new).norm(dim=-1)
+    told = apart >= apart.max() / 2
+    axis = torch.nn.functional.normalize((old - new)[told].mean(0), dim=0)
+    found = Sense(axis, new[told].mean(0), axis.new_tensor([0.0, 1.0]))
+    middle, low = found.evidence(vocabulary, kind).median(), found.evidence(unrelated, kind).max()
+    low = torch.minimum(low, middle - GAP)
+    return replace(found, gate=torch.stack([low, low + reach * (middle - low)]))
 
 
 def facing_rows(
@@ -176,7 +203,8 @@ class Suppressor(PassGuard):
         """Give all that it knows as tensors, `<concept>.<kind>.basis` and so on."""
         found = {"correction": self.correction}
         for index, part in enumerate(self.components):
-            found |= {f"{index}.{name}": getattr(part, name) for name in ("axis", "origin", "gate")}
+            for kind, sense in part.senses.items():
+                found |= {f"{index}.{kind}.{name}": value for name, value in vars(sense).items()}
             for kind, own in part.parts.items():
                 found |= {f"{index}.{kind}.basis": own.basis, f"{index}.{kind}.centre": own.centre}
         return found

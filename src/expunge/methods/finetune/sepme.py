@@ -72,8 +72,8 @@ class SepME(Eraser):
     walk: int = 30
     """Sampler steps of these pictures."""
 
-    steps: int = 1000
-    """Optimizer steps at most, of each concept. The paper: 1000."""
+    steps: int = 200
+    """Optimizer steps at most, of each concept, chosen on emoji-unet. The paper: 1000."""
 
     threshold: float = 1e-4
     """tau. The paper: 1e-4; 0 erases more. Compare mean(r*²), which the log calls "correlation" at step 0."""
@@ -81,8 +81,8 @@ class SepME(Eraser):
     penalty: float = 1e-6
     """lam. The paper: 1e-6."""
 
-    lr: float = 1e-5
-    """Adam's step size on w. The paper: 0.1 where S has norm 1e-4, which is the same but for Adam's epsilon."""
+    lr: float = 1e-3
+    """Adam's step size on w, chosen on emoji-unet. The paper: 0.1 where S has norm 1e-4, which is 1e-5 here."""
 
     batch: int = 1
     """Noised pictures of each concept per step. The paper: 1."""

@@ -34,8 +34,9 @@ class CESDWV(Eraser):
     Y = U S Vᵀ, and B (r rows) keeps the leading directions with a share `energy` of the squares. Words, closing rows
     and SDXL's pooled text have a basis each.
     2. Suppression of a prompt's rows e, never of its opening one: e' = e − strength · alpha · (e − m) Bᵀ B. alpha in
-    [0, 1] is one number a prompt and grows with its evidence, the largest cosine of its closing rows, seen from the
-    anchor's, with the mean difference: 0 up to that of what is retained (or the anchor), 1 from `reach` on.
+    [0, 1] is one number a prompt and grows with its evidence, the largest cosine of its words, or of its closing rows,
+    seen from the anchor's, with the mean difference: 0 up to that of what is retained (or the anchor), 1 from `reach`
+    on; of the two the larger alpha counts.
     3. A correction D "l d" is added, e' + alpha · D: it makes the frozen network predict under the suppressed target
     what it predicts under the anchor, by a gradient u − ⟨u, v⟩ / ‖v‖² · v, v the gradient of what D, added to retained
     prompts, would do to them. With the guard gone, the model is the old one: whoever holds it can remove it.
@@ -48,14 +49,14 @@ class CESDWV(Eraser):
     strength: float = 1.0
     """s in e' = e − s · alpha · (e − m) Bᵀ B. 0: nothing changes; 1: nothing of the components is left."""
 
-    energy: float = 0.9
-    """tau: the share of the differences' squares that the components hold, (0, 1]."""
+    energy: float = 0.98
+    """tau: the share of the differences' squares that the components hold, (0, 1]; chosen on emoji-unet."""
 
     words: tuple[str, ...] = ()
     """More of the target's vocabulary, explicit or implicit; with several targets it belongs to the first."""
 
     reach: float = 0.5
-    """Where alpha becomes 1: high = low + reach · (least evidence in the vocabulary − low), (0, 1]."""
+    """Where alpha becomes 1: high = low + reach · (median evidence in the vocabulary − low), (0, 1]."""
 
     templates: tuple[str, ...] = ("{}", "a {}", "a photo of {}", "a picture of a {}", "a small {} on a table")
     """Sentences the vocabulary is read in, each with one {}."""

@@ -23,7 +23,8 @@ Learned = tuple[Float[Tensor, "in in"], Mapping[str, Factors]]
 
 def row_gram(rows: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
     """Second moment of rows, Σ e eᵀ, in float64."""
-    return rows.double().T @ rows.double()
+    wide = rows.double()
+    return wide.T @ wide
 
 
 def row_shift(rows: Float[Tensor, "n in"], goals: Float[Tensor, "n in"]) -> Float[Tensor, "in in"]:
@@ -65,13 +66,37 @@ def fused(
     Factors of all concepts are stacked: their product is the sum. Concepts are read once, one after the other: a
     hundred moments are never held together. Source: MACE (arXiv:2403.06135), fusion.
     """
-    total, downs, ups = prior.clone(), dict[str, list[Tensor]](), dict[str, list[Tensor]]()
+    total, downs, ups = prior.clone(), dict[str, _Stack](), dict[str, _Stack]()
     for own, factors in learned:
         total += own
         for path, (down, up) in factors.items():
-            downs.setdefault(path, []).append(down.double() @ own)
-            ups.setdefault(path, []).append(up.double())
+            downs.setdefault(path, _Stack()).add(down.double() @ own)
+            ups.setdefault(path, _Stack()).add(up.double().T)
     gram = Gram.of(total, ridge)
     back = gram.solve(refined.duals @ prior)
-    found = {path: (gram.solve(torch.cat(downs[path])), torch.cat(ups[path], dim=1)) for path in downs}
+    found = {path: (gram.solve(downs[path].rows()), ups[path].rows().T.contiguous()) for path in downs}
     return SharedEdit(moves=refined.moves, duals=refined.duals - back), found
+
+
+class _Stack:
+    """Rows put one behind the other into a block that doubles when it is full.
+
+    A list of small tensors would settle in the holes that moments leave, d × d each, so that no later moment fits into
+    them: memory would grow by a moment with every concept.
+    """
+
+    def __init__(self) -> None:
+        self.block, self.count = torch.empty(0, 0), 0
+
+    def add(self, rows: Float[Tensor, "n d"]) -> None:
+        end = self.count + len(rows)
+        if end > len(self.block):
+            block = rows.new_empty(max(end, 2 * self.count), rows.shape[1])
+            if self.count:
+                block[: self.count] = self.rows()
+            self.block = block
+        self.block[self.count : end] = rows
+        self.count = end
+
+    def rows(self) -> Float[Tensor, "m d"]:
+        return self.block[: self.count]

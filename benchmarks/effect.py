@@ -159,8 +159,19 @@ def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
     facts = {"model": args.model, "suite": args.suite, "bars": {"target_rate": TARGET, "retained_of_base": RETAINED}}
     arms = sorted({arm for held in record.values() for arm in held})
     facts["targets"] = {arm: [target for target, held in record.items() if arm in held] for arm in arms}
+    file = RESULTS / f"effect-{Path(args.model).name}-{args.suite}.json"
     facts["rates"] = plain(kept.unpacked(record, suite))
-    (RESULTS / f"effect-{Path(args.model).name}-{args.suite}.json").write_text(json.dumps(facts, indent=1) + "\n")
+    facts["earlier"] = earlier(json.loads(file.read_text()) if file.exists() else {}, arms)
+    file.write_text(json.dumps(facts, indent=1) + "\n")
+
+
+def earlier(old: dict, arms: Sequence[str]) -> dict:
+    """What was written of arms before decisions were kept, its base beside it, until every one has been run again."""
+    held = old.get("earlier") or {
+        key: old[key] for key in ("targets", "set", "torch", "seconds", "rates") if key in old
+    }
+    missing = {arm for rates in held.get("rates", {}).values() for arm in rates} - set(arms)
+    return held if missing and isinstance(held.get("targets"), list) else {}
 
 
 def markdown(model: str, name: str, record: kept.Record) -> str:

@@ -67,3 +67,18 @@ def test_other_settings_and_other_cases_are_refused() -> None:
     stray = {**whole[0], "case_id": "no-such-case"}
     with pytest.raises(SystemExit, match="not those of suite objects"):
         effect_record.packed([*whole, stray], SUITE, "pizza")
+
+
+def test_what_was_written_before_decisions_were_kept_stays_until_all_of_it_is_run_again() -> None:
+    old = {
+        "targets": ["pizza"],
+        "set": [],
+        "torch": "2",
+        "seconds": {},
+        "rates": {"judge_cnn": {"base": {}, "esd": {}}},
+    }
+    held = effect.earlier({**old, "machine": "x"}, ["base", "uce"])
+    assert held == old and effect.earlier({"targets": {}, "rates": {}, "earlier": held}, ["base", "uce"]) == old
+    assert effect.earlier({"earlier": held}, ["base", "esd"]) == {}
+    assert effect.earlier({"targets": {"uce": ["pizza"]}, "rates": {"judge_cnn": {"esd": {}}}}, ["base"]) == {}
+    assert effect.earlier({}, []) == {}

@@ -18,6 +18,7 @@ import torch
 from benchmarks import effect_record as kept
 from expunge.cli.erase import build
 from expunge.core.eraser import Run
+from expunge.core.errors import InputError
 from expunge.core.records import Estimate
 from expunge.ops.stats import Sample, harmonic_estimate, rate
 from expunge.stages.artifact import read_card
@@ -30,11 +31,12 @@ RESULTS = Path(__file__).parent / "results"
 ROLES = {"target": "target_rate", "synonym": "synonym_rate", "retain": "retain_rate"}
 TARGET, RETAINED = 0.15, 0.90
 BATCH = 40
+REFUSED = "refused"
 Rates = dict[str, Estimate]
 
 
 def one(target: str, args: argparse.Namespace) -> None:
-    """Erase, draw and judge one target with every method, in one run folder."""
+    """Erase, draw and judge one target with every method, in one run folder; a refusal is kept, and is a result."""
     torch.set_num_threads(1)
     suite, folder, run = load(args.suite), args.out / target.replace(" ", "_"), Run()
     aim = suite.target(target)
@@ -51,7 +53,11 @@ def one(target: str, args: argparse.Namespace) -> None:
             settings=[pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")],
             seed=args.seed,
         )
-        erase(recipe, folder / method, run)
+        try:
+            erase(recipe, folder / method, run)
+        except InputError as error:
+            (folder / f"{method}.{REFUSED}").write_text(str(error))
+            continue
         sample(folder / method, args.suite, folder, run, targets=[target], batch=BATCH)
     score(folder, run)
 
@@ -155,6 +161,9 @@ def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
             card = None if arm == "base" else read_card(folder / arm / "artifact")
             told = sorted(pair for pair in args.set if pair.startswith(f"{arm}."))
             kept.add(record, target, arm, {"set": told, "seconds": card and round(card.run.seconds, 1), **seen})
+        for file in folder.glob(f"*.{REFUSED}"):
+            told = sorted(pair for pair in args.set if pair.startswith(f"{file.stem}."))
+            kept.add(record, target, file.stem, {"set": told, REFUSED: file.read_text()})
     kept.write(record, args.model, args.suite)
     facts = {"model": args.model, "suite": args.suite, "bars": {"target_rate": TARGET, "retained_of_base": RETAINED}}
     arms = sorted({arm for held in record.values() for arm in held})
@@ -177,22 +186,21 @@ def earlier(old: dict, arms: Sequence[str]) -> dict:
 def markdown(model: str, name: str, record: kept.Record) -> str:
     """One row per arm and judge: per cent and 95 % interval, and mean seconds of an erasure."""
     suite = load(name)
-    lines = [
-        f"| {model}, {name}: method, judge | targets | target | synonyms | neighbours | style | of base retained | s |"
-    ]
-    lines += ["|---" * 8 + "|"]
+    columns = ("targets", "target", "synonyms", "neighbours", "style", "of base retained", "seconds")
+    lines = [f"| {model}, {name}: method, judge | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     found = kept.unpacked(record, suite)
     rates = plain(found)
     for arm in sorted({row["arm"] for row in found}, key=lambda arm: (arm != "base", arm)):
-        mine = [held[arm] for held in record.values() if arm in held]
+        mine = [held[arm] for held in record.values() if arm in held and REFUSED not in held[arm]]
+        named = [target for target, held in record.items() if REFUSED in held.get(arm, {})]
+        count = f"{len(mine)}, refused: {', '.join(named)}" if named else str(len(mine))
         spent = "–" if arm == "base" else f"{sum(held['seconds'] for held in mine) / len(mine):.1f}"
         for judge in suite.detectors:
             own = rates[judge][arm]
             cells = [per_cent(own.get(f"{role}_rate")) for role in kept.ROLES]
             share = f"{own['verdict']['retained_of_base']:.1%}"[:-1] if arm != "base" else "–"
-            lines.append(
-                f"| {arm}, {judge.removeprefix('judge_')} | {len(mine)} | {' | '.join(cells)} | {share} | {spent} |"
-            )
+            row = f"{arm}, {judge.removeprefix('judge_')}"
+            lines.append(f"| {' | '.join([row, count, *cells, share, spent])} |")
     return "\n".join(lines)
 
 

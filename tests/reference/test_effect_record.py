@@ -60,6 +60,15 @@ def test_an_arm_is_held_against_the_base_on_its_own_targets() -> None:
     assert kept["base"]["retain_rate"]["value"] == kept["uce"]["retain_rate"]["value"] / 2
 
 
+def test_a_refusal_is_on_record_and_counts_for_no_rate() -> None:
+    record, whole = recorded("pizza", "dog")
+    record["dog"]["uce"] = {"set": [], "refused": "lies within what is held"}
+    found = effect_record.unpacked(record, SUITE)
+    assert {row["target"] for row in found if row["arm"] == "uce"} == {"pizza"} and len(found) < len(whole)
+    table = effect.markdown("emoji-unet", "objects", record)
+    assert "| uce, cnn | 1, refused: dog |" in table and "| base, cnn | 2 |" in table
+
+
 def test_other_settings_and_other_cases_are_refused() -> None:
     record, whole = recorded("pizza")
     with pytest.raises(SystemExit, match="on record with"):

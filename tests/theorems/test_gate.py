@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -22,7 +23,7 @@ from expunge.core.generator import Generator, Hook
 from expunge.leakage.information import contamination, shannon
 from expunge.methods.guard.gate import PromptGate
 from expunge.models.load import load
-from expunge.ops.gating import FUNCTION, PASSES, Gate, parts, spans, summary
+from expunge.ops.gating import FUNCTION, PASSES, Gate, misspelt, parts, spans, summary
 from expunge.ops.reword import Reworded
 from expunge.patches.guard import PassGuard
 
@@ -50,11 +51,11 @@ def _direction(word: str) -> torch.Tensor:
 
 
 @lru_cache
-def toy(*, floor: float = 0.3, phrases: tuple[str, ...] = ("red cat", "kitten")) -> Gate:
+def toy(*, floor: float = 0.3, phrases: tuple[str, ...] = ("red cat", "kitten"), typos: bool = False) -> Gate:
     """A gate that fires on much by chance, since its floor is low."""
     known = parts(["dog", "blue", "guitar"], 2)
     rows = torch.stack([read(text) for text in (*known, *phrases)])
-    return Gate.of(dict.fromkeys(phrases, "dog"), known, rows, floor=floor, slack=0.1, longest=2)
+    return Gate.of(dict.fromkeys(phrases, "dog"), known, rows, floor=floor, slack=0.1, longest=2, typos=typos)
 
 
 sentence = st.lists(st.sampled_from(WORDS), min_size=1, max_size=7).map(" ".join)
@@ -79,6 +80,38 @@ def test_a_prompt_with_a_phrase_is_drawn_as_the_same_sentence_about_the_anchor(o
 
 def gate_free(text: str) -> str:
     return " ".join(word for word in text.split() if word not in {"red", "cat", "kitten"})
+
+
+LETTERS = "abkxé-"
+
+
+@given(st.sampled_from(["kitten", "red cat"]), st.integers(0, 6), st.sampled_from(LETTERS), sentence, sentence)
+@settings(max_examples=60)
+def test_one_slip_of_the_pen_is_the_phrase_and_two_are_not(
+    phrase: str, at: int, letter: str, one: str, two: str
+) -> None:
+    gate, blind = toy(floor=1.0, typos=True), toy(floor=1.0)
+    head, tail = phrase[: at % len(phrase)], phrase[at % len(phrase) :]
+    for slip in {
+        head + tail[1:],
+        head + letter + tail,
+        head + letter + tail[1:],
+        head + tail[1:2] + tail[:1] + tail[2:],
+    }:
+        assert misspelt(slip, phrase) == (slip != phrase)
+        assert not misspelt("zz" + slip, phrase) and not misspelt(slip, "cat")
+        if re.fullmatch(r"\w+( \w+)?", slip) and slip != phrase and not FUNCTION & set(slip.split()):
+            form = f"{gate_free(one)} , {{}} , {gate_free(two)}"
+            assert gate.twin(form.format(slip), read) == gate.twin(form.format("dog"), read)
+            assert blind.twin(slip, read) == slip  # the side that must fail
+
+
+def test_known_words_are_no_slips() -> None:
+    facing, known = {"house": "tent"}, ("mouse", "tent")
+    rows = torch.stack([read(text) for text in (*known, *facing)])
+    gate = Gate.of(facing, known, rows, floor=1.0, slack=0.1, longest=1, typos=True)
+    assert gate.twin("a mouse", read) == "a mouse"
+    assert gate.twin("a hause, houses", read) == "a tent, tent"
 
 
 @given(sentence, sentence)

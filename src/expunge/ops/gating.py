@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import takewhile
 
 import torch
 from jaxtyping import Float
@@ -35,6 +36,9 @@ _PLAIN = (
 )
 THINGS = tuple(_PLAIN.split())
 """Ordinary words, ours: what a span may mean instead of the target."""
+
+LONG = 5
+"""Letters from which on a word one edit away is taken for a slip of the pen: shorter words have too many neighbours."""
 
 PASSES = 4
 """Rewritings of one prompt before the anchor alone takes its place."""
@@ -65,6 +69,25 @@ def spans(text: str, longest: int) -> Iterator[tuple[int, int]]:
                 yield start, end
 
 
+def misspelt(span: str, phrase: str) -> bool:
+    """Whether a span is a phrase of LONG letters or more with one letter dropped, added, changed, or two exchanged.
+
+    After the longest common start and end, what remains of both is at most one letter, or two letters in either order.
+    """
+    if len(phrase) < LONG or span == phrase:
+        return False
+    start = _alike(span, phrase)
+    mine, theirs = span[start:], phrase[start:]
+    end = _alike(mine[::-1], theirs[::-1])
+    mine, theirs = mine[: len(mine) - end], theirs[: len(theirs) - end]
+    return max(len(mine), len(theirs)) == 1 or (len(mine) == 2 and mine == theirs[::-1])
+
+
+def _alike(one: str, two: str) -> int:
+    """Count the letters at the start that two texts share."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, two, strict=False)))
+
+
 def parts(texts: Sequence[str], longest: int) -> list[str]:
     """List every span of some texts once, in order, case folded."""
     return list(dict.fromkeys(text[a:b].casefold() for text in texts for a, b in spans(text, longest)))
@@ -74,6 +97,7 @@ def parts(texts: Sequence[str], longest: int) -> list[str]:
 class Gate:
     """Fires on a phrase of a target, and on a span that the text encoder takes for one; gives the twin sentence.
 
+    With `typos`, a span that is not known and is a phrase but for a slip of the pen is taken for that phrase.
     A span fires if cos(x, target) > floor and cos(x, target) > max over others cos(x, other) - slack, x its summary
     seen from the centre: nearest prototype, with a lean towards catching.
     """
@@ -91,6 +115,7 @@ class Gate:
     floor: float
     slack: float
     longest: int
+    typos: bool
 
     @classmethod
     def of(
@@ -102,13 +127,14 @@ class Gate:
         floor: float,
         slack: float,
         longest: int,
+        typos: bool,
     ) -> "Gate":
         """Learn prototypes from the summaries of every known span and then of every phrase, m of them in all."""
         centre = rows[: len(known)].mean(0)
         unit = torch.nn.functional.normalize(rows - centre, dim=1)
         others, targets = unit[: len(known)], unit[len(known) :]
         words = (tuple(facing), tuple(facing.values()), frozenset(known))
-        return cls(*words, targets, others, centre, floor, slack, longest)
+        return cls(*words, targets, others, centre, floor, slack, longest, typos)
 
     @cached_property
     def _pattern(self) -> re.Pattern[str]:
@@ -128,6 +154,9 @@ class Gate:
         """How far a span lies on the firing side, above 0 firing, and which phrase it is nearest to."""
         if span in self.known:
             return -1.0, 0
+        slips = (index for index, phrase in enumerate(self.phrases) if self.typos and misspelt(span, phrase))
+        if (slip := next(slips, None)) is not None:
+            return 1.0, slip
         x = torch.nn.functional.normalize(read(span).to(self.centre) - self.centre, dim=0)
         near = self.targets @ x
         ours, theirs = float(near.max()), float((self.others @ x).max())

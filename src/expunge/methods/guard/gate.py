@@ -33,9 +33,9 @@ class PromptGate(Eraser):
     every observer; 0 for prompts that hold a phrase. A span fires where cos(x, target) > floor and cos(x, target) >
     max cos(x, other) - slack, x = summary - centre. Prompts it is silent on are drawn bit for bit as before.
 
-    Threat levels: T0 to T2 are what it is for, as far as its misses were counted: for T1 not yet, and misspellings get
-    past it. T3 only as far as an attack with gradients was run against it, and none has been. T4 to T6, embeddings,
-    latents and weights, are outside: whoever holds the model walks around it.
+    Threat levels: T0 to T2 are what it is for, as far as its misses were counted: for T1 not yet, and two slips of the
+    pen in one word get past it. T3 only as far as an attack with gradients was run against it, and none has been. T4 to
+    T6, embeddings, latents and weights, are outside: whoever holds the model walks around it.
     """
 
     paper: ClassVar[str] = "arXiv:2302.10870"
@@ -53,6 +53,10 @@ class PromptGate(Eraser):
     span: int = 2
     """Longest run of words read as one meaning; phrases of the target are found at any length."""
 
+    typos: bool = True
+    """Whether a span one edit away from a phrase of five letters or more is that phrase: a letter dropped, added or
+    changed, two neighbours exchanged. Words of anchors, retained concepts and `others` are never taken for slips."""
+
     others: tuple[str, ...] | None = None
     """What spans may mean instead, beside anchors and retained concepts; phrases of a target are left out. None:
     the ordinary words of `ops/gating.py`."""
@@ -69,7 +73,7 @@ class PromptGate(Eraser):
             raise InputError("others is empty, and no anchor or retained concept has words; legal: one word or more")
         with torch.no_grad():
             rows = summary(encode_many(model, [*known, *facing]))
-        gate = Gate.of(facing, known, rows, floor=self.floor, slack=self.slack, longest=self.span)
+        gate = Gate.of(facing, known, rows, floor=self.floor, slack=self.slack, longest=self.span, typos=self.typos)
         for what, texts in (("anchor", named), ("retained prompt", kept)):
             for text in texts:
                 if gate.names(text):
@@ -84,7 +88,7 @@ class PromptGate(Eraser):
         words = (tuple(meta["phrases"]), tuple(meta["anchors"]), frozenset(meta["known"]))
         others = torch.cat([tensors[role] for role in ("named", "others") if role in tensors])
         rows = (tensors["targets"], others, tensors["centre"])
-        gate = Gate(*words, *rows, method.floor, method.slack, method.span)
+        gate = Gate(*words, *rows, method.floor, method.slack, method.span, method.typos)
         return method._patch(gate, len(tensors["named"]) if "named" in tensors else 0)
 
     def _patch(self, gate: Gate, named: int) -> RewordPatch:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from expunge.core.concept import Concept
 from expunge.core.errors import InputError
 from expunge.suites.load import catalogue, load
 
@@ -54,6 +55,17 @@ def test_a_suite_owns_sampler_targets_and_cases(tmp_path: Path) -> None:
     assert [(c.name, c.kind) for c in request.retain] == [("car", "object"), ("dog", "identity")]
     assert request.anchor[0] is not None and request.anchor[0].name == "banana"
     assert suite.target("dog").request().anchor == (None,)
+
+
+def test_a_target_is_found_by_what_asks_for_it(tmp_path: Path) -> None:
+    suite = load(write(tmp_path / "toys"))
+    assert suite.target("a strawberry") is suite.target("strawberry")
+    assert suite.cases_for("a strawberry") == suite.cases_for("strawberry")
+    assert suite.named(Concept(name="a strawberry", kind="object", prompts=("a strawberry",))) == "strawberry"
+    assert suite.named(Concept(name="berry", kind="object", prompts=("berry", "strawberry"))) == "strawberry"
+    assert suite.named(Concept.of("cup")) == "cup"
+    with pytest.raises(InputError, match=r"its targets are strawberry, dog$"):
+        suite.target("cup")
 
 
 def test_a_case_asks_for_the_target_or_for_the_neighbour_itself(tmp_path: Path) -> None:

@@ -101,7 +101,7 @@ def _certificate(
 
 def _subject(source: Path, question: Question, run: Run) -> Subject:
     made, suite = artifact.load(source), question.suite
-    erased = {concept.name: anchor for concept, anchor in zip(made.card.target, made.card.anchor, strict=True)}
+    erased = {suite.named(concept): anchor for concept, anchor in zip(made.card.target, made.card.anchor, strict=True)}
     if question.concept not in erased:
         raise InputError(f"{source} erased {', '.join(erased)}, not {question.concept!r}; choose among what it erased")
     target, sent = suite.target(question.concept), erased[question.concept]

@@ -50,7 +50,7 @@ def sample(
     name = model or (made.card.base.name if made else None)
     if name is None:
         raise InputError("sampling without an artifact needs the name of a base model")
-    erased = [concept.name for concept in made.card.target] if made else []
+    erased = [loaded.named(concept) for concept in made.card.target] if made else []
     chosen = [loaded.target(target).concept.name for target in targets or erased]
     if made and (foreign := [target for target in chosen if target not in erased]):
         # their images would count as failures to erase what nobody erased

@@ -56,18 +56,26 @@ class Suite:
 
     @cached_property
     def _targets(self) -> dict[str, Target]:
-        return {target.concept.name: target for target in self.targets}
+        """Targets by name and by every prompt that asks for them; names come first where both say the same."""
+        said = {prompt: target for target in self.targets for prompt in target.concept.prompts}
+        return said | {target.concept.name: target for target in self.targets}
 
     def target(self, name: str) -> Target:
-        """Return one target; raises InputError listing the suite's targets."""
+        """Return one target by its name or one of its prompts; raises InputError listing the suite's targets."""
         if name not in self._targets:
-            raise InputError(f"suite {self.name} has no target {name!r}; its targets are {', '.join(self._targets)}")
+            known = ", ".join(target.concept.name for target in self.targets)
+            raise InputError(f"suite {self.name} has no target {name!r}; its targets are {known}")
         return self._targets[name]
+
+    def named(self, concept: Concept) -> str:
+        """Give the suite's name for what was erased, which is often called by its prompt; its own where unknown."""
+        found = (self._targets[text] for text in (concept.name, *concept.prompts) if text in self._targets)
+        return next((target.concept.name for target in found), concept.name)
 
     def cases_for(self, target: str) -> tuple[Case, ...]:
         """Return the cases of one target in file order: target, synonym and retain rows."""
-        self.target(target)
-        return tuple(case for case in self.cases if case.target == target)
+        name = self.target(target).concept.name
+        return tuple(case for case in self.cases if case.target == name)
 
     def concept_of(self, case: Case) -> Concept:
         """Return the concept a detector is asked about: the target itself, or the retained neighbour."""

@@ -22,7 +22,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from training import clip, composition, latents, lessons, loop, release, text, world
+from training import clip, composition, latents, lessons, loop, paths, release, text, world
 
 HERE = Path(__file__).parent
 LENGTH, VOCABULARY, WIDTH, HEADS = 20, 2560, 192, 3
@@ -168,20 +168,33 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
 def distillation(
     net: FluxNet, teacher: FluxNet, words: Words, mixture: latents.Mixture, args: argparse.Namespace, rank: int
 ) -> Callable[[int], Tensor]:
-    """The loss of a student of the guided answer, at straight paths from the pictures themselves."""
+    """The loss of a student of the guided answer: half on straight paths from pictures, half on guided ones."""
     share = args.batch // args.processes
+
+    def taught(x: Tensor, t: Tensor, captions: list[str], scale: Tensor) -> Tensor:
+        return guided(teacher, x, t, words(captions), words([""]), scale)
+
+    def learned(x: Tensor, t: Tensor, captions: list[str], scale: Tensor) -> Tensor:
+        ids, pooled = words(captions)
+        return net.velocity(x, t, net.read(ids), pooled, scale).float()
+
+    walked = paths.Paths(taught, learned, lambda random: mixture.draw(random)[1])
+
+    def straight(n: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
+        z, captions = mixture.draw(random)
+        some = torch.randperm(len(z), generator=random)[:n]
+        z, captions = pack(z)[some], [captions[i] for i in some.tolist()]
+        t, scale = levels(n, random), 1 + 4 * torch.rand(n, generator=random)
+        x = z + t[:, None, None] * (torch.randn(z.shape, generator=random) - z)
+        return x, t, scale, captions, taught(x, t, captions, scale)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step, rank)
-        z, captions = mixture.draw(random)
-        cond, z = words(captions), pack(z)
-        t = levels(share, random)
-        x = z + t[:, None, None] * (torch.randn(z.shape, generator=random) - z)
-        scale = 1 + 4 * torch.rand(share, generator=random)
         with loop.mixed():
-            goal, states = guided(teacher, x, t, cond, words([""]), scale)
-            v = net.velocity(x, t, states, cond[1], scale)
-        return (v.float() - goal).pow(2).mean()
+            sides = straight(share // 2, random), walked.draw(share - share // 2, random)
+            x, t, scale, goal = (torch.cat([side[k] for side in sides]) for k in (0, 1, 2, 4))
+            v = learned(x, t, sides[0][3] + sides[1][3], scale)
+        return (v - goal).pow(2).mean()
 
     return loss
 
@@ -189,19 +202,19 @@ def distillation(
 @torch.no_grad()
 def guided(
     teacher: FluxNet, x: Tensor, t: Tensor, cond: tuple[Tensor, Tensor], empty: tuple[Tensor, Tensor], scale: Tensor
-) -> tuple[Tensor, Tensor]:
-    """The teacher's v_u + g (v_c - v_u), and the token states it read."""
+) -> Tensor:
+    """The teacher's v_u + g (v_c - v_u)."""
     n = len(x)
     states = teacher.read(cond[0])
     both = torch.cat([teacher.read(empty[0]).expand_as(states), states])
     pooled = torch.cat([empty[1].expand(n, -1), cond[1]])
     u, c = teacher.velocity(torch.cat([x, x]), torch.cat([t, t]), both, pooled).float().chunk(2)
-    return u + scale[:, None, None] * (c - u), states
+    return u + scale[:, None, None] * (c - u)
 
 
-def finished(tokenizer: T5TokenizerFast) -> FluxNet:
-    """Read the undistilled model that ships: its half precision is the student's too."""
-    net, made = FluxNet(len(tokenizer), distilled=False), release.EMBEDDED / NAMES[False]
+def finished(tokenizer: T5TokenizerFast, *, distilled: bool = False) -> FluxNet:
+    """Read a model that ships: the undistilled one's half precision is the student's too."""
+    net, made = FluxNet(len(tokenizer), distilled=distilled), release.EMBEDDED / NAMES[distilled]
     net.transformer = FluxTransformer2DModel.from_pretrained(made / "transformer").float()
     net.t5 = T5EncoderModel.from_pretrained(made / "text_encoder_2").float()
     return net
@@ -232,11 +245,12 @@ def work(rank: int, args: argparse.Namespace) -> None:
     tokenizer = learn_tokenizer(args.cache)
     net = FluxNet(len(tokenizer), distilled=args.distil)
     if args.start:
-        net.load_state_dict(finished(tokenizer).state_dict())
-    if args.distil:
+        net.load_state_dict(finished(tokenizer, distilled=args.distil).state_dict())
+    elif args.distil:
         net.load_state_dict(finished(tokenizer).state_dict(), strict=False)  # the scale's embedder is new
         for new in net.transformer.time_text_embed.guidance_embedder.linear_2.parameters():
             nn.init.zeros_(new)  # silent at first: the student begins as its teacher
+    if args.distil:
         net.t5.requires_grad_(False)
     trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
     if rank == 0:
@@ -255,7 +269,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--distil", action="store_true")
     parser.add_argument("--steps", type=int, default=14000)
-    parser.add_argument("--start", choices=[NAMES[False]], help="begin from what ships where no checkpoint is left")
+    parser.add_argument(
+        "--start", choices=list(NAMES.values()), help="begin from what ships where no checkpoint is left"
+    )
     parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--processes", type=int, default=2)
@@ -266,6 +282,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
     args = parser.parse_args()
+    if args.start not in (None, NAMES[args.distil]):
+        parser.error(f"--start {args.start} goes on with another model than {NAMES[args.distil]}; see --distil")
     args.run = HERE / "runs" / ("flux-distilled" if args.distil else "flux")
     args.run.mkdir(parents=True, exist_ok=True)
     loop.quiet_cpu()

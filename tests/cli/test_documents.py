@@ -56,6 +56,7 @@ def test_a_method_of_your_own_keeps_the_contract(tmp_path: Path) -> None:
         "README.md",
         "docs/index.md",
         "docs/methods.md",
+        "docs/effects.md",
         "docs/limits.md",
         "docs/certificate.md",
         "docs/design.md",

@@ -183,11 +183,11 @@ def earlier(old: dict, arms: Sequence[str]) -> dict:
     return held if missing and isinstance(held.get("targets"), list) else {}
 
 
-def markdown(model: str, name: str, record: kept.Record) -> str:
+def markdown(name: str, record: kept.Record) -> str:
     """One row per arm and judge: per cent and 95 % interval, and mean seconds of an erasure."""
     suite = load(name)
     columns = ("targets", "target", "synonyms", "neighbours", "style", "of base retained", "seconds")
-    lines = [f"| {model}, {name}: method, judge | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
+    lines = [f"| method, judge | {' | '.join(columns)} |", "|---" * (len(columns) + 1) + "|"]
     found = kept.unpacked(record, suite)
     rates = plain(found)
     for arm in sorted({row["arm"] for row in found}, key=lambda arm: (arm != "base", arm)):

@@ -87,6 +87,14 @@ def write(record: Record, model: str, suite: str) -> None:
     path(model, suite).write_text(json.dumps(head)[:-1] + ',\n "decisions": {\n' + inner + "\n }}\n")
 
 
+def drawn(record: Record) -> list[str]:
+    """Which arms were drawn on which targets, arms of the same targets together."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for arm in sorted({arm for held in record.values() for arm in held}, key=lambda arm: (arm != "base", arm)):
+        groups.setdefault(tuple(target for target, held in record.items() if arm in held), []).append(arm)
+    return [f"{', '.join(arms)} on {', '.join(targets)}" for targets, arms in groups.items()]
+
+
 def main() -> None:
     """Print a table for each model and suite on record."""
     from benchmarks.effect import markdown
@@ -94,7 +102,9 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__).parse_args()
     for file in sorted(HOME.glob("*.json")):
         facts = json.loads(file.read_text())
-        print(markdown(facts["model"], facts["suite"], facts["decisions"]), end="\n\n")
+        print(f"## {facts['model']}, {facts['suite']}", end="\n\n")
+        print(markdown(facts["suite"], facts["decisions"]), end="\n\n")
+        print("; ".join(drawn(facts["decisions"])) + ".", end="\n\n")
 
 
 if __name__ == "__main__":

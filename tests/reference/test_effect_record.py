@@ -65,7 +65,8 @@ def test_a_refusal_is_on_record_and_counts_for_no_rate() -> None:
     record["dog"]["uce"] = {"set": [], "refused": "lies within what is held"}
     found = effect_record.unpacked(record, SUITE)
     assert {row["target"] for row in found if row["arm"] == "uce"} == {"pizza"} and len(found) < len(whole)
-    table = effect.markdown("emoji-unet", "objects", record)
+    table = effect.markdown("objects", record)
+    assert effect_record.drawn(record) == ["base, uce on pizza, dog"]
     assert "| uce, cnn | 1, refused: dog |" in table and "| base, cnn | 2 |" in table
 
 

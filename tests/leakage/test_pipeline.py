@@ -9,7 +9,7 @@ from scipy.stats import kstest
 
 from expunge.core.errors import InputError
 from expunge.leakage.family import family_bits, least_risk, slack_bits
-from expunge.leakage.heads import accuracy_p, calibrated, cosine_features, log_loss, risk, trained
+from expunge.leakage.heads import accuracy_p, calibrated, cosine_features, log_loss, risk, stacked, trained
 from expunge.leakage.information import shannon
 from expunge.leakage.lower import TwinScores, portfolio
 from expunge.leakage.pipeline import Look, Spikes, attribution, base_heads, boxes, look_for_leak, null_p, shuffled
@@ -231,6 +231,13 @@ def test_the_family_bound_is_above_what_a_head_finds_and_says_nothing_at_large_n
     assert family_bits(anchor, anchor[::-1], 1.0, DELTA) == pytest.approx(slack_bits(1.0, 800, DELTA), abs=1e-3)
     with pytest.raises(InputError, match="equally many"):
         family_bits(concept, anchor[:10], 1.0, DELTA)
+
+
+def test_batches_of_any_length_are_joined_by_extractor() -> None:
+    parts = [{"pixels": np.full((n, 3), float(n)), "judge": np.full((n, 5), float(n))} for n in (64, 8)]
+    joined = stacked(parts)
+    assert {name: x.shape for name, x in joined.items()} == {"pixels": (72, 3), "judge": (72, 5)}
+    assert joined["judge"][:, 0].tolist() == [64.0] * 64 + [8.0] * 8
 
 
 def test_coarse_cosines_keep_the_mean_and_drop_the_grain():

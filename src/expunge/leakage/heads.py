@@ -15,6 +15,7 @@ PENALTY = 0.02
 """Of the squared norm, on standardized features; fixed beforehand."""
 CHOICES = 24  # thresholds tried on the calibration split
 _Matrix = Float[np.ndarray, "n d"]
+_AnyMatrix = Float[np.ndarray, "_ _"]  # batches differ in length, extractors in width
 _Vector = Float[np.ndarray, "d"]
 _Rows = Float[np.ndarray, "n"]
 
@@ -109,7 +110,7 @@ def cosine_features(images: Float[np.ndarray, "n c h w"], keep: int = 8) -> _Mat
     return waves.reshape(len(images), -1)
 
 
-def stacked(parts: Sequence[Mapping[str, _Matrix]]) -> dict[str, _Matrix]:
+def stacked(parts: Sequence[Mapping[str, _AnyMatrix]]) -> dict[str, _AnyMatrix]:
     """Join batches of features by extractor."""
     return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
 

@@ -25,7 +25,7 @@ BASE_HEAD = "base"
 class Look:
     """What observers see of one arm, row i about twin pair i: features by extractor, a yes or no by detector."""
 
-    features: Mapping[str, Float[np.ndarray, "n d"]]
+    features: Mapping[str, Float[np.ndarray, "n _"]]
     fired: Mapping[str, Bool[np.ndarray, "n"]]
 
     def __len__(self) -> int:

@@ -66,7 +66,7 @@ class Observers:
         return (self.judges[name].score(images, self.concept) >= self.points[name].threshold).cpu().numpy()
 
     @torch.no_grad()
-    def _features(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[np.ndarray, "b d"]]:
+    def _features(self, images: Float[Tensor, "b 3 h w"]) -> dict[str, Float[np.ndarray, "b _"]]:
         latents = self.base.absorb(images.to(next(iter(self.base.network.parameters())).device)).float()
         sides = (min(WINDOW, latents.shape[2]), min(WINDOW, latents.shape[3]))
         found = {name: judge.features(images) for name, judge in self.judges.items()}

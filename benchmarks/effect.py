@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from benchmarks import effect_record as kept
+from benchmarks.effect_record import REFUSED
 from expunge.cli.erase import build
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
@@ -31,7 +32,6 @@ RESULTS = Path(__file__).parent / "results"
 ROLES = {"target": "target_rate", "synonym": "synonym_rate", "retain": "retain_rate"}
 TARGET, RETAINED = 0.15, 0.90
 BATCH = 40
-REFUSED = "refused"
 Rates = dict[str, Estimate]
 
 
@@ -152,6 +152,11 @@ def plain(found: Sequence[dict]) -> dict[str, dict[str, dict]]:
     return rates
 
 
+def told(args: argparse.Namespace, method: str) -> list[str]:
+    """What --set says of a method, in order."""
+    return sorted(pair for pair in args.set if pair.startswith(f"{method}."))
+
+
 def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
     """Add this run's decisions to the record, and write the rates of all that is on record."""
     suite, record = load(args.suite), kept.read(args.model, args.suite)
@@ -159,11 +164,11 @@ def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
         folder = args.out / target.replace(" ", "_")
         for arm, seen in kept.packed(rows(folder.parent, folder.name), suite, target).items():
             card = None if arm == "base" else read_card(folder / arm / "artifact")
-            told = sorted(pair for pair in args.set if pair.startswith(f"{arm}."))
-            kept.add(record, target, arm, {"set": told, "seconds": card and round(card.run.seconds, 1), **seen})
+            kept.add(
+                record, target, arm, {"set": told(args, arm), "seconds": card and round(card.run.seconds, 1), **seen}
+            )
         for file in folder.glob(f"*.{REFUSED}"):
-            told = sorted(pair for pair in args.set if pair.startswith(f"{file.stem}."))
-            kept.add(record, target, file.stem, {"set": told, REFUSED: file.read_text()})
+            kept.add(record, target, file.stem, {"set": told(args, file.stem), REFUSED: file.read_text()})
     kept.write(record, args.model, args.suite)
     facts = {"model": args.model, "suite": args.suite, "bars": {"target_rate": TARGET, "retained_of_base": RETAINED}}
     arms = sorted({arm for held in record.values() for arm in held})

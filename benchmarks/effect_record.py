@@ -18,6 +18,7 @@ from expunge.suites.load import Suite, load
 
 HOME = Path(__file__).parent / "results" / "decisions"
 ROLES = ("target", "synonym", "retain", "style")
+REFUSED = "refused"
 Record = dict[str, dict[str, dict]]
 """Target → arm → {"set": [...], "seconds": …, detector: {role: "0110…"}}, or {"set": [...], "refused": "why"}."""
 
@@ -57,7 +58,7 @@ def unpacked(record: Record, suite: Suite) -> list[dict]:
     found = []
     for target, arms in record.items():
         for arm, held in arms.items():
-            for detector in suite.detectors if "refused" not in held else ():
+            for detector in suite.detectors if REFUSED not in held else ():
                 for role, marks in held[detector].items():
                     told = zip(asked(suite, target, role), marks, strict=True)
                     about = {"arm": arm, "detector": detector, "role": role, "target": target}

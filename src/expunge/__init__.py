@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from expunge.patches.guard import GuardPatch
     from expunge.patches.lowrank import LowRankPatch
     from expunge.patches.weights import WeightPatch
+    from expunge.stages.erase import check
 
 __version__ = "0.1.0"
 
@@ -41,6 +42,7 @@ _HOMES = {
     "expunge.patches.guard": ("GuardPatch",),
     "expunge.patches.lowrank": ("LowRankPatch",),
     "expunge.patches.weights": ("WeightPatch",),
+    "expunge.stages.erase": ("check",),
 }
 
 __all__ = [
@@ -67,6 +69,7 @@ __all__ = [
     "State",
     "WeightPatch",
     "catalogue",
+    "check",
     "find",
     "load",
 ]

@@ -17,6 +17,7 @@ from expunge.core.registry import find
 from expunge.models.load import load
 from expunge.ops.denoising import denoising_loss, noised_goal
 from expunge.ops.inversion import Sent, inverse_reading, residual, undoing
+from expunge.stages.certify import statements
 
 CAT = Concept(name="cat", prompts=("cat",))
 PLAIN = Aim(concept=CAT, prompts=("a red cat", "cat"), seeds=(3, 4))
@@ -85,6 +86,32 @@ def test_inversion_does_not_bring_back_what_a_projection_removed(model: Generato
     assert attempt.facts["residual"] == pytest.approx(lost, rel=1e-3)
     assert residual(model, erased, maps, cond) == attempt.facts["residual"]
     assert not torch.allclose(drawn(attempt), drawn(replace(attempt, model=model)), atol=1e-3)
+
+
+def test_the_inversion_that_undoes_uce_meets_the_floor_of_project(model: Generator) -> None:
+    request, aim = Request.of("cat", anchor="dog", retain=("car",)), replace(PLAIN, prompts=("cat",), seeds=(3,))
+    logged: list[tuple[str, int, float]] = []
+    run = Run(log=lambda *row: logged.append(row))
+    views = {
+        name: find("methods", name)(templates=("{}",)).erase(model, request, run).on(model)
+        for name in ("uce", "project")
+    }
+    found = {
+        name: next(iter(KVInversion().search(view, aim, Run(), reference=model))).facts["residual"]
+        for name, view in views.items()
+    }
+    ((_, _, floor),) = [row for row in logged if row[0] == "floor"]
+    said = (
+        torch.cat([site.weight.double() for site in model.sites("text_in")])
+        @ model.encode(["cat"]).tokens[0].double().T
+    )
+    least = floor**0.5 / float(said.norm())
+    assert found["uce"] < 1e-4 < 0.05 < least
+    assert found["project"] > least * (1 - 1e-4)
+    certified = {
+        name: next(c for c in statements(model, view, request) if c.name == "inversion") for name, view in views.items()
+    }
+    assert certified["uce"].value < 1e-4 < 0.1 < certified["project"].value
 
 
 @pytest.mark.parametrize("name", ["tiny-sdxl", "tiny-flux", "tiny-sd3"])

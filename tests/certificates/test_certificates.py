@@ -59,7 +59,7 @@ def test_trained_layers_beyond_the_text_reading_ones_leave_locality_alone(model:
 def test_every_family_with_text_reading_layers_is_certified(name: str) -> None:
     base = load(name)
     found = certified(base, erased(base, "uce", ridge=0.5))
-    assert {"locality", "residual", "drift", "subspace", "inversion"} <= found.keys()
+    assert found.keys() == CLOSED
     assert all(math.isfinite(each.value) and each.assumptions for each in found.values())
 
 
@@ -151,6 +151,24 @@ def test_conditioning_reads_the_matrix_and_is_silent_where_there_is_none(model: 
     rng = torch.Generator().manual_seed(1)
     noise = {site.path: site.weight + 0.01 * torch.randn(site.weight.shape, generator=rng) for site in sites}
     assert "conditioning" not in certified(model, model.view(weights=noise))
+
+
+@pytest.mark.parametrize("name", ["tiny-flux", "tiny-sd3"])
+def test_layers_that_hear_part_of_the_space_are_conditioned_by_that_part(name: str) -> None:
+    base = load(name)
+    site = next(site for site in base.sites("text_in") if site.weight.shape[0] < site.weight.shape[1])
+    wide = site.weight.shape[1]
+    heard = torch.linalg.svd(site.weight.double(), full_matrices=True)[2]
+    loud, deaf = heard[0], heard[-1]
+    assert float((site.weight.double() @ deaf).norm()) < 1e-5
+
+    def changed(axis: Tensor, left: float) -> Generator:
+        m = torch.eye(wide, dtype=torch.float64) - (1 - left) * torch.outer(axis, axis)
+        return base.view(weights={site.path: (site.weight.double() @ m).to(site.weight)})
+
+    found = certified(base, changed(loud, 0.25))["conditioning"]
+    assert found.value == pytest.approx(0.25, rel=1e-3) and "condition number 4" in found.statement
+    assert "conditioning" not in certified(base, changed(deaf, 0.25))  # nothing hears it: nothing changed
 
 
 def test_a_target_that_reads_as_its_anchor_has_no_residual_to_speak_of(model: Generator) -> None:

@@ -11,7 +11,9 @@ import pytest
 from expunge.cli.app import run
 
 ERASE = ("erase", "tiny-unet", "--target", "cat", "--method", "uce")
-RECE, MACE = (("erase", "tiny-unet", "--target", "cat", "--method", name, "--set") for name in ("rece", "mace"))
+RECE, MACE, TRCE = (
+    ("erase", "tiny-unet", "--target", "cat", "--method", name, "--set") for name in ("rece", "mace", "trce")
+)
 BAD = {
     "unknown method": (("erase", "tiny-unet", "--target", "cat", "--method", "usd"), "usd", "uce"),
     "unknown model": (("erase", "tiny-net", "--target", "cat", "--method", "uce"), "tiny-net", "tiny-unet"),
@@ -37,6 +39,11 @@ BAD = {
     "no ridge in rece": ((*RECE, "start_ridge=0", "--set", "start_retain_weight=0"), "erase 'cat'", "singular"),
     "no ridge in mace": (
         (*MACE, "ridge=0", "--set", "steps=0", "--set", "prior_weight=0", "--set", "templates=the {}"),
+        "erase 'cat'",
+        "singular",
+    ),
+    "no ridge in trce": (
+        (*TRCE, "ridge=0", "--set", "prior_weight=0", "--set", 'templates=["{}"]'),
         "erase 'cat'",
         "singular",
     ),
@@ -123,7 +130,7 @@ def test_weights_that_hold_nan(part: str, tmp_path: Path, expunge) -> None:
     pipeline.save_pretrained(tmp_path / "model")
     words = ("erase", tmp_path / "model", "--target", "cat", "--method", "uce", "--out", tmp_path / "out")
     complaint = expunge(*words).complaint()
-    assert f"in {part}." in complaint and "not finite" in complaint
+    assert "'cat'" in complaint and f"in {part}." in complaint and "not finite" in complaint
     assert not (tmp_path / "out").exists()
 
 

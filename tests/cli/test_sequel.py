@@ -47,7 +47,7 @@ def test_compose_is_the_joint_solve_and_undo_takes_it_back(tmp_path: Path, made,
     assert told["order"] == [{"targets": ["cat", "dog"], "joint": True, "bound": False, "commutator": None}]
     card = Card.from_json((tmp_path / "ab" / "artifact" / "card.json").read_text())
     assert [c.name for c in card.target] == ["cat", "dog"] and card.method == "uce" and card.config["ridge"] == 0.5
-    assert {"residual", "drift"} <= {each["name"] for each in told["certificates"]}
+    assert {"residual", "drift"} <= {each["name"] for each in told["card"]["certificates"]}
     assert far(tmp_path / "ab", joint) < 1e-4  # float32 weights, and prompts encoded in other batches
     assert card.patch.bytes < 20_000
     assert expunge("undo", tmp_path / "ab", "--target", "Cat", "--out", tmp_path / "b2").code == 0
@@ -89,6 +89,16 @@ def test_what_was_computed_from_weights_stays_where_it_was_made(tmp_path: Path, 
     assert far(tmp_path / "y", a) == 0
     card = Card.from_json((tmp_path / "on" / "artifact" / "card.json").read_text())
     assert card.method == "uce+rece" and "ridge" in card.config and "epochs" not in card.config
+
+
+def test_trce_multiplies_and_leaves_again(tmp_path: Path, made, expunge) -> None:
+    a, t = made("a", "cat"), made("t", "dog", method=("--method", "trce"))
+    assert expunge("erase", "--target", "dog", "--method", "trce", "--on", a, "--out", tmp_path / "on").code == 0
+    assert far(tmp_path / "on", t) > 1e-3
+    assert expunge("undo", tmp_path / "on", "--target", "cat", "--out", tmp_path / "left").code == 0
+    assert far(tmp_path / "left", t) == 0
+    card = Card.from_json((tmp_path / "on" / "artifact" / "card.json").read_text())
+    assert card.method == "uce+trce" and [c.name for c in card.target] == ["cat", "dog"]
 
 
 BAD = {

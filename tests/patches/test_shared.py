@@ -12,6 +12,7 @@ from expunge.core.errors import InputError
 from expunge.core.patch import Patch
 from expunge.methods.closed_form.project import Project
 from expunge.methods.closed_form.rece import RECE
+from expunge.methods.closed_form.trce import TRCE
 from expunge.methods.closed_form.uce import UCE
 from expunge.models.load import load
 from expunge.models.tiny import tiny_pipeline
@@ -52,7 +53,7 @@ def test_it_is_a_patch(model: UNetGenerator) -> None:
     assert isinstance(erase(model, UCE()), Patch)
 
 
-@pytest.mark.parametrize("method", [UCE(ridge=0.5), UCE(mode="uce2025", ridge=0.5), RECE(epochs=1), Project()])
+@pytest.mark.parametrize("method", [UCE(ridge=0.5), UCE(mode="uce2025", ridge=0.5), RECE(epochs=1), TRCE(), Project()])
 def test_what_comes_back_from_storage_gives_the_same_weights_bit_for_bit(model: UNetGenerator, method: Any) -> None:
     patch = erase(model, method)
     again = SharedPatch.restore(patch.tensors(), patch.meta())

@@ -48,6 +48,19 @@ def test_rece_equals_engine() -> None:
     assert worst(closed_form.applied(OLD, short), found) > 1e-6
 
 
+def test_the_engine_in_single_precision_is_as_good_as_its_reference_may_be() -> None:
+    """Weights and rows in float32 against the reference in float64, at a real text's width and spectrum."""
+    shapes = (192, [40, 80])
+    old, rows, scales = weights(shapes), texts(12, shapes[0]), Scales(lam=0.5, erase=1.0, preserve=0.1)
+    pairs, kept = [(rows[0, 2:], rows[1, 2:])], list(rows[3:])
+    begin = closed_form.uce(pairs, kept, scales)
+    wide = [(a.double(), b.double()) for a, b in pairs], [row.double() for row in kept]
+    truth = closed_form_reference.uce_2023([w.double() for w in old], *wide, scales)
+    assert 0 < worst(closed_form.applied(old, begin), truth) < closed_form.SINGLE
+    plain = closed_form_reference.uce_2023(old, pairs, kept, scales)  # forms an inverse, in float32
+    assert worst(plain, truth) > 3 * worst(closed_form.applied(old, begin), truth)
+
+
 def test_mace_equals_its_normal_equations_and_the_engine() -> None:
     concepts = [closed_form.other(c, torch.Tensor.double) for c in closed_form.sentences(SHAPES, 3, 2)]
     prior, ridge = ROWS[0].T @ ROWS[0], 0.5

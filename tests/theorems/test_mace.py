@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +18,6 @@ from expunge.ops.fusion import Factors, fused, refined, row_gram, row_shift
 from expunge.ops.levels import noised_at, plateau
 from expunge.ops.listening import listen, masked_attention
 from expunge.ops.ridge import shared_edit
-from expunge.ops.scenes import Segmenter
 from expunge.ops.student import LowRankStudent
 from expunge.ops.wording import Shown, sentences
 from expunge.patches.lowrank import product
@@ -276,6 +275,9 @@ def test_gradient_reaches_the_factors_alone_and_the_first_forward_is_the_base_s(
     moved = [path for path, (_, up) in grads.items() if up.grad is not None and bool(up.grad.any())]
     assert {path for path in sites if "to_k" in path} <= set(moved)  # every key matrix, and values of all but the last
     assert 0 < len([path for path in sites if "to_v" in path and path not in moved]) < len(sites) // 2
+    torch.optim.Adam(student.parameters, lr=0.1).step()
+    ranks = {path: int(torch.linalg.matrix_rank(product(*pair))) for path, pair in student.patch().factors.items()}
+    assert {path for path in ranks if ranks[path] == 1} == set(moved) and max(ranks.values()) == 1
 
 
 def test_adapters_lower_the_attention_they_are_trained_on() -> None:
@@ -349,32 +351,35 @@ def test_the_code_s_scaling_enters_refinement_twice() -> None:
     assert (change(0.1, 3.0, "once") - change(0.01, 0.3, "once")).norm() > 1e-3 * change(0.1, 3.0, "once").norm()
 
 
+SEEN: list[tuple[torch.Size, str]] = []
+
+
+def left_half(picture: Tensor, phrase: str) -> Tensor:
+    SEEN.append((picture.shape, phrase))
+    mask = torch.zeros_like(picture[:, 0], dtype=torch.bool)
+    mask[..., : mask.shape[-1] // 2] = True
+    return mask
+
+
+def nowhere(picture: Tensor, phrase: str) -> Tensor:
+    return picture[:, 0] > 2
+
+
 def test_any_callable_segments_and_only_where_asked() -> None:
-    seen: list[tuple[torch.Size, str]] = []
-
-    def left(picture: Tensor, phrase: str) -> Tensor:
-        seen.append((picture.shape, phrase))
-        mask = torch.zeros_like(picture[:, 0], dtype=torch.bool)
-        mask[..., : mask.shape[-1] // 2] = True
-        return mask
-
-    class Left(MACE):
-        segmenter: ClassVar[Segmenter | None] = left
-
-    class Nowhere(MACE):
-        segmenter: ClassVar[Segmenter | None] = lambda picture, phrase: picture[:, 0] > 2
-
+    SEEN.clear()
     model, request = load("tiny-unet"), Request.of("red cat", anchor="dog")
     whole, own = (MACE(**SHORT, masks=how).erase(model, request, Run()).deltas for how in ("whole", "attention"))
-    assert seen == []
-    mine = Left(**SHORT, masks="segmenter").erase(model, request, Run()).deltas
-    assert [phrase for _, phrase in seen] == ["red cat"] * 2 and all(shape[0] == 1 for shape, _ in seen)
-    nothing = Nowhere(**SHORT, masks="segmenter").erase(model, request, Run()).deltas
+    assert SEEN == []
+    mine = MACE(**SHORT, masks=f"{__name__}:left_half").erase(model, request, Run()).deltas
+    assert [phrase for _, phrase in SEEN] == ["red cat"] * 2 and all(shape[0] == 1 for shape, _ in SEEN)
+    nothing = MACE(**SHORT, masks=f"{__name__}:nowhere").erase(model, request, Run()).deltas
     key = next(path for path in whole if "to_k" in path)
     found = [whole[key], own[key], mine[key], nothing[key]]
     assert all(not torch.equal(a, b) for i, a in enumerate(found) for b in found[:i])
-    with pytest.raises(InputError, match="masks is 'segmenter' but the class has none; legal: attention, whole"):
-        MACE(**SHORT, masks="segmenter").erase(model, request, Run())
+    for wrong in ("segmenter", ":", "nowhere.at_all:mask", f"{__name__}:missing", f"{__name__}:SEEN"):
+        with pytest.raises(InputError, match=f"masks is '{wrong}'.*legal: attention, whole, or package") as caught:
+            MACE(**SHORT, masks=wrong).erase(model, request, Run())
+        assert "\n" not in str(caught.value)
 
 
 def test_every_option_matters_and_every_concept_has_its_own_adapter() -> None:

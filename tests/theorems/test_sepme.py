@@ -212,6 +212,20 @@ def test_held_words_give_what_they_gave_and_the_target_does_not(name: str) -> No
         assert (held @ loose[path].double().T).abs().max() > 1e-3 * size
 
 
+def test_watermarks_are_held_like_the_other_texts() -> None:
+    model = load("tiny-unet")
+    sign = model.encode(["guitar"]).tokens[0].double()
+    exact = SepME(**{**SHORT, "tolerance": 0.0})
+    held, free = (
+        replace(exact, watermarks=texts).erase(model, ask("red cat"), Run()).deltas for texts in (("guitar",), ())
+    )
+    words = model.encode(["guitar"]).mask[0]
+    for path, delta in held.items():
+        size = float(delta.double().norm() * sign.norm(dim=1).max())
+        assert (sign[words] @ delta.double().T).abs().max() < 1e-6 * size
+        assert (sign[words] @ free[path].double().T).abs().max() > 1e-3 * size
+
+
 def test_the_network_says_the_same_about_a_window_that_is_held() -> None:
     """With all rows of the empty prompt held, predictions under it do not move; with its words alone they do."""
     model = load("tiny-unet")

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from linear_toy import CROSS, LinearToy
+from linear_toy import CROSS, LinearToy, deltas
 from torch import Tensor
 
 from expunge.core.concept import Concept, Request
@@ -29,7 +29,7 @@ def ask(*prompts: str, to: str | None = "dog", keep: Sequence[str] = ()) -> Requ
 
 
 def change(method: TRCE, request: Request, toy: LinearToy = TOY) -> Tensor:
-    return method.erase(toy, request, Run()).deltas.get(CROSS, torch.zeros_like(toy.weight(CROSS)))
+    return deltas(method.erase(toy, request, Run()), toy).get(CROSS, torch.zeros_like(toy.weight(CROSS)))
 
 
 def row(text: str, at: int) -> Tensor:
@@ -88,8 +88,8 @@ def test_the_edit_is_stationary_for_the_stated_objective(method: TRCE) -> None:
 def test_a_sentence_that_reads_as_its_anchor_s_changes_nothing() -> None:
     toy = LinearToy(network=TOY.network, aliases={"feline": "cat"})
     for method in (OWN, replace(OWN, padding_weight=1.0, opening_weight=1.0), replace(OWN, prior_weight=0.0)):
-        assert method.erase(toy, ask("cat", to="feline"), Run()).deltas == {}
-        assert method.erase(toy, ask("cat", to="dog"), Run()).deltas != {}
+        assert deltas(method.erase(toy, ask("cat", to="feline"), Run()), toy) == {}
+        assert deltas(method.erase(toy, ask("cat", to="dog"), Run()), toy) != {}
     # the code's goal for keywords is another row than the keyword's own, so there even that moves
     assert change(replace(OWN, word_weight=1.0), ask("cat", to="feline"), toy).norm() > 1e-3
 
@@ -97,9 +97,9 @@ def test_a_sentence_that_reads_as_its_anchor_s_changes_nothing() -> None:
 def test_no_weight_on_any_row_changes_nothing_whatever_is_held() -> None:
     for held in (0.0, 1.0):
         none = replace(OWN, closing_weight=0.0, prior_weight=held, retain_weight=held)
-        assert none.erase(TOY, ask("cat", keep=["car"]), Run()).deltas == {}
-        assert replace(none, opening_weight=1.0).erase(TOY, ask("cat", keep=["car"]), Run()).deltas == {}
-        assert replace(none, closing_weight=0.1).erase(TOY, ask("cat", keep=["car"]), Run()).deltas != {}
+        assert deltas(none.erase(TOY, ask("cat", keep=["car"]), Run()), TOY) == {}
+        assert deltas(replace(none, opening_weight=1.0).erase(TOY, ask("cat", keep=["car"]), Run()), TOY) == {}
+        assert deltas(replace(none, closing_weight=0.1).erase(TOY, ask("cat", keep=["car"]), Run()), TOY) != {}
 
 
 def test_rank_is_at_most_the_number_of_sentences() -> None:
@@ -171,9 +171,9 @@ def test_the_closing_token_is_found_where_words_take_several_tokens(name: str) -
     assert size > 1
     old, new = model.encode(["xylophone"]).tokens[0], model.encode(["dog"]).tokens[0]
     for closing, at in (("token", size + 1), ("words", 2)):
-        deltas = replace(free, closing=closing).erase(model, Request.of("xylophone", anchor="dog"), Run()).deltas
+        found = deltas(replace(free, closing=closing).erase(model, Request.of("xylophone", anchor="dog"), Run()), model)
         for site in model.sites("text_in"):
-            weight = site.weight + deltas[site.path]
+            weight = site.weight + found[site.path]
             gap = (site.weight @ (old[at] - new[2])).norm()
             assert (weight @ old[at] - site.weight @ new[2]).norm() < 1e-3 * gap
             other = {size + 1, 2} - {at}
@@ -184,15 +184,16 @@ def test_many_captions_are_held_by_their_moment_and_all_layers_share_one_edit() 
     model = load("tiny-unet")
     texts = tuple(f"a {word} picture" for word in ("cat", "guitar", "blue car", "dog", "banana"))
     method = TRCE(prior=texts, prior_weight=0.1, retain_weight=0.0, ridge=0.5)
-    deltas = method.erase(model, Request.of("strawberry", anchor="cat"), Run()).deltas
+    patch = method.erase(model, Request.of("strawberry", anchor="cat"), Run())
+    found = deltas(patch, model)
     sites = {site.path: site.weight.double() for site in model.sites("text_in")}
-    assert deltas.keys() == sites.keys()
+    assert found.keys() == sites.keys()
     stacked = torch.cat(list(sites.values()))
-    shared = torch.linalg.lstsq(stacked, torch.cat([deltas[path].double() for path in sites])).solution
+    shared = torch.linalg.lstsq(stacked, torch.cat([found[path].double() for path in sites])).solution
     for path, weight in sites.items():
-        torch.testing.assert_close(weight @ shared, deltas[path].double(), rtol=1e-4, atol=1e-6)
-    other = replace(method, prior=texts[:1]).erase(model, Request.of("strawberry", anchor="cat"), Run()).deltas
-    assert any((other[path] - deltas[path]).norm() > 1e-3 for path in sites)
+        torch.testing.assert_close(weight @ shared, found[path].double(), rtol=1e-4, atol=1e-6)
+    other = deltas(replace(method, prior=texts[:1]).erase(model, Request.of("strawberry", anchor="cat"), Run()), model)
+    assert any((other[path] - found[path]).norm() > 1e-3 for path in sites)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +217,6 @@ def test_other_families_are_refused_and_missing_directions_are_said() -> None:
     with pytest.raises(InputError, match="'tiny-flux' is 'mmdit', legal: unet"):
         TRCE().erase(load("tiny-flux"), Request.of("strawberry"), Run())
     bare = replace(OWN, ridge=0.0, prior_weight=0.0, retain_weight=0.0, templates=("{}",))
-    with pytest.raises(InputError, match=r"singular: without ridge .* span 1 of 8 directions"):
+    with pytest.raises(InputError, match=r"cannot erase 'cat': .*singular: without ridge .* span 1 of 8 directions"):
         change(bare, ask("cat"))
     assert OWN.retains and not replace(OWN, retain_weight=0.0).retains

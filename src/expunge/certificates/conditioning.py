@@ -8,9 +8,11 @@ from expunge.ops.reading import shared_matrix
 
 
 class Conditioning(Certifier):
-    """Smallest singular value and condition number of the M with W' = W M for every layer.
+    """Smallest singular value and condition number of the M with W' = W M for every layer, as far as they hear it.
 
-    An embedding M^-1 c undoes the edit, at most 1 / smallest times as long as c. At 0 there is none.
+    Layers that hear the directions V alone hear of M no more than V^T M, and that is what is measured: M itself where
+    they hear all. An embedding e with V^T M e = V^T c undoes the edit for c; the shortest is at most 1 / smallest times
+    as long as c. At 0 some c have none.
     """
 
     def certify(self, edit: Edit) -> Certificate | None:
@@ -23,8 +25,8 @@ class Conditioning(Certifier):
         cond = f"{high / low:.2g}" if low > torch.finfo(torch.float32).eps * high else "beyond the weights' precision"
         return Certificate(
             name="conditioning",
-            statement="Every text-reading layer is the old one times one matrix, with smallest singular value "
-            f"{low:.2g} and condition number {cond}.",
+            statement="Every text-reading layer is the old one times one matrix, which as far as layers hear it has "
+            f"smallest singular value {low:.2g} and condition number {cond}.",
             value=low,
             assumptions=("A regular matrix can be undone by embeddings; that is the method's, not this program's.",),
         )

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from json import loads
 from pathlib import Path
@@ -114,13 +114,12 @@ def erase(
 
 
 def _tell(screen: Out, folder: Path) -> None:
-    from expunge.stages._certificates import read as certificates
     from expunge.stages.artifact import read_card
 
-    card, found = read_card(folder), certificates(folder.parent)
-    screen.emit({"artifact": str(folder), "card": loads(card.to_json()), "certificates": [asdict(c) for c in found]})
+    card = read_card(folder)
+    screen.emit({"artifact": str(folder), "card": loads(card.to_json())})
     screen.say(outcome(card))
-    for certificate in found:
+    for certificate in card.certificates:
         screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
 

@@ -2,7 +2,6 @@
 
 import json as json_module
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,22 +56,20 @@ def undo(
 
 
 def _tell(screen: Out, folder: Path, order: Sequence[Mapping[str, Any]]) -> None:
-    from expunge.stages._certificates import read as certificates
     from expunge.stages.artifact import read_card
 
-    card, found = read_card(folder), certificates(folder.parent)
+    card = read_card(folder)
     screen.emit(
         {
             "artifact": str(folder),
             "card": json_module.loads(card.to_json()),
-            "certificates": [asdict(each) for each in found],
             "order": [dict(step) for step in order],
         }
     )
     screen.say(outcome(card))
     for step in order:
         screen.say(_step(step))
-    for certificate in found:
+    for certificate in card.certificates:
         screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
 

@@ -7,6 +7,7 @@ from typing import Any
 from expunge.core.codec import from_json, to_json
 from expunge.core.concept import Concept
 from expunge.core.errors import InputError
+from expunge.core.records import Certificate
 
 SCHEMA = 1
 
@@ -97,6 +98,8 @@ class Card:
     run: Provenance
     claims: Mapping[str, bool]
     """What standard attacks can judge: deterministic, gradients usable, no inner optimization."""
+    certificates: tuple[Certificate, ...] = ()
+    """What holds of the edit as it is stored, without a picture; none of guards, which change no weight."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:

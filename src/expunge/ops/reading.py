@@ -101,13 +101,16 @@ def inversions(reading: Reading) -> Iterator[tuple[float, float]]:
             yield (miss / apart) ** 0.5, float(found.norm() / rows.norm())
 
 
-def shared_matrix(reading: Reading) -> Float[Tensor, "in in"] | None:
-    """Give the M with W' = W M for all layers; None if there is no such M, or the layers do not determine it."""
+def shared_matrix(reading: Reading) -> Float[Tensor, "k in"] | None:
+    """Give V^T M of the M with W' = W M for all layers, V ("in k") a basis of what they hear; None without such an M.
+
+    Of an M only V^T M is heard: V^T M e = V^T c is all an embedding e needs to be taken for c. Where the layers are
+    taller than wide V is square, and V^T M has M's singular values.
+    """
     values, vectors = torch.linalg.eigh(output_gram(reading.old))
-    if not values[0] > CUT * values[-1]:
-        return None
-    m = (vectors / values) @ (vectors.T @ sum_products(reading.old, reading.new))
-    miss = sum(float((old @ m - new).square().sum()) for old, new in layers(reading))
+    heard = vectors[:, values > CUT * values[-1]]
+    m = (heard / values[values > CUT * values[-1]]).T @ sum_products(reading.old, reading.new)
+    miss = sum(float(((old @ heard) @ m - new).square().sum()) for old, new in layers(reading))
     size = sum(float((new - old).square().sum()) for old, new in layers(reading))
     return m if miss <= _SHARED**2 * size else None
 

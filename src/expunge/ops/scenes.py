@@ -2,7 +2,8 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from importlib import import_module
+from typing import cast
 
 import torch
 from jaxtyping import Bool, Float
@@ -18,11 +19,22 @@ from expunge.ops.wording import Shown, Wording
 
 CHUNK = 8  # pictures drawn together: bounds memory, changes no result's law
 LOOKS = 4  # noisings over which a picture's heat is averaged
-
-Masks = Literal["attention", "segmenter", "whole"]
+LEGAL = "legal: attention, whole, or package.module:name of a callable from picture and phrase to mask"
 
 Segmenter = Callable[[Float[Tensor, "1 3 h w"], str], Bool[Tensor, "1 h w"]]
 """Where a picture shows a phrase: a mask of the picture's size."""
+
+
+def segmenter(name: str) -> Segmenter:
+    """Import the callable that `package.module:name` says; raises InputError if there is none."""
+    module, _, attribute = name.partition(":")
+    try:
+        found = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise InputError(f"masks is {name!r}, which cannot be imported ({error}); {LEGAL}") from None
+    if not callable(found):
+        raise InputError(f"masks is {name!r}, a {type(found).__name__}; {LEGAL}")
+    return cast(Segmenter, found)
 
 
 @dataclass(frozen=True)
@@ -61,24 +73,18 @@ class Scenes:
         """Positions of each sentence's phrase."""
         return self.shown.columns
 
-    def masks(
-        self, model: Generator, how: Masks, segmenter: Segmenter | None, threshold: float, level: Level, run: Run
-    ) -> Bool[Tensor, "b h w"]:
-        """Where each picture shows its phrase: by the model's attention, by a segmenter, or anywhere (whole).
+    def masks(self, model: Generator, how: str, threshold: float, level: Level, run: Run) -> Bool[Tensor, "b h w"]:
+        """Where each picture shows its phrase: by the model's attention, anywhere (whole), or by a `segmenter`.
 
-        A segmenter's masks keep the picture's size, others have the latent's. Raises InputError without a segmenter
-        where one is asked for, and for a threshold outside [0, 1).
+        A segmenter's masks keep the picture's size, others have the latent's. Raises InputError for a segmenter that
+        cannot be imported, and for a threshold outside [0, 1).
         """
         if how == "attention":
             return self.attended(model, threshold, run.rng("masks"), level)
         if how == "whole":
             return torch.ones_like(self.clean[:, 0], dtype=torch.bool)
-        if segmenter is None:
-            raise InputError(
-                "masks is 'segmenter' but the class has none; legal: attention, whole, or a subclass's own"
-            )
-        pairs = zip(self.images, self.lines, strict=True)
-        return torch.cat([segmenter(image[None], line.phrase).bool() for image, line in pairs])
+        where, pairs = segmenter(how), zip(self.images, self.lines, strict=True)
+        return torch.cat([where(image[None], line.phrase).bool() for image, line in pairs])
 
     @torch.no_grad()
     def attended(

@@ -9,9 +9,9 @@ from expunge.core.card import Card
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
 from expunge.core.outcome import Outcome
-from expunge.core.records import Case, Certificate, Summary
+from expunge.core.records import Case, Summary
 from expunge.leakage.record import LeakageCertificate
-from expunge.stages import _card, _certificates, _files, _leakage, _outcomes
+from expunge.stages import _card, _files, _leakage, _outcomes
 
 BASE = "base"
 CASE_KEYS = ("case_id", "target", "role", "concept", "style", "background", "prompt", "seed")
@@ -50,8 +50,6 @@ class Findings:
     suites: tuple[Suite, ...]
     cards: Mapping[str, Card]
     """By arm."""
-    certificates: Mapping[str, Sequence[Certificate]]
-    """By arm; empty where none applies or the run is older than they are."""
     leakage: Sequence[LeakageCertificate]
     """In the order of arms and concepts."""
     attacks: Mapping[str, Sequence[Outcome]]
@@ -65,7 +63,6 @@ def read(folder: Path) -> Findings:
     """
     table = _object(folder / "summary.json", "score the run first: expunge score DIR --suite SUITE")
     cards = _cards(folder)
-    certificates = {arm: _certificates.read(place.parent.parent) for arm, (place, _) in cards.items()}
     leakage = [each for place, card in cards.values() for each in _leakages(place.parent.parent, card)]
     suites = tuple(_suite(folder, from_data(Summary, entry)) for entry in table["suites"])
     if not suites:
@@ -73,7 +70,7 @@ def read(folder: Path) -> Findings:
     model = _header(folder, suites[0].summary.suite, BASE)["identity"]["model"]
     attacks = {arm: _attacks(place.parent.parent, card) for arm, (place, card) in cards.items()}
     bare = {arm: card for arm, (_, card) in cards.items()}
-    return Findings(folder, model, suites, bare, certificates, leakage, attacks)
+    return Findings(folder, model, suites, bare, leakage, attacks)
 
 
 def _leakages(run: Path, card: Card) -> list[LeakageCertificate]:

@@ -190,7 +190,7 @@ def changes(findings: Findings) -> list[dict[str, object]]:
             "size": words.size(card.patch.bytes),
             "seconds": words.span(card.run.seconds),
             "kind": card.patch.kind,
-            "certificates": findings.certificates[arm],
+            "certificates": findings.cards[arm].certificates,
             "plot": layer_plot(card.patch.layers, f"Where {arm} changed the network") if card.patch.layers else "",
         }
         for arm, card in findings.cards.items()

@@ -15,7 +15,7 @@ from expunge.ops.sequel import commutator
 from expunge.patches.shared import Part, SharedPatch
 
 SAID = ("method", "paper", "description", "config", "given", "claims", "retain", "seed")
-LEGAL = "what a closed form stores as factors: uce but for technique 'tensor', rece, project"
+LEGAL = "what a closed form stores as factors: uce but for technique 'tensor', rece, trce, project"
 ANY = ("inner_optimization", "reconstruction", "uses_anchor", "uses_retain", "guidance_distilled")
 
 

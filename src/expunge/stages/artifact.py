@@ -25,6 +25,7 @@ from expunge.patches.weights import WeightPatch
 from expunge.stages import _card as _card_file
 from expunge.stages import _chain, _files
 from expunge.stages._provenance import Code, Source, hash_tensors, provenance, sampler_settings
+from expunge.stages.certify import statements
 
 PATCH, CARD, LOG = "patch.safetensors", "card.json", "log.jsonl"
 FACTORS = (".lora_A.weight", ".lora_B.weight")
@@ -143,6 +144,7 @@ def save(
     card = _card(patch, tensors, model, job, source, made)
     if isinstance(patch, SharedPatch) and any(part.facts for part in patch.parts):
         card = _chain.merged(card, patch)
+    card = _certified(card, tensors, model)
     blob = serialize(tensors, _header(card))
     card = dataclasses.replace(card, patch=dataclasses.replace(card.patch, sha256=_files.sha256(blob), bytes=len(blob)))
     with _files.whole_folder(folder) as part:
@@ -248,6 +250,12 @@ def _header(card: Card) -> dict[str, str]:
         "method": card.method,
         "schema": str(card.schema),
     }
+
+
+def _certified(card: Card, tensors: Mapping[str, Tensor], model: Generator) -> Card:
+    asked = Request(target=card.target, anchor=card.anchor, retain=card.retain)
+    stored = restore(card, tensors).on(model)
+    return dataclasses.replace(card, certificates=tuple(statements(model, stored, asked)))
 
 
 def _run(model: Generator, job: Job) -> dict[str, object]:

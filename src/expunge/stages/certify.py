@@ -1,18 +1,10 @@
 """Certify: what can be said about an edit without drawing a picture; `leakage.py` is about pictures."""
 
-from pathlib import Path
-
 from expunge.core.concept import Request
 from expunge.core.generator import Generator
 from expunge.core.records import Certificate
 from expunge.core.registry import catalogue, find
 from expunge.ops.reading import edit_between
-from expunge.stages import _certificates
-
-
-def certify(base: Generator, erased: Generator, request: Request, out: Path) -> Path:
-    """Compute every certificate that applies to an edit and write certificates.json in `out`."""
-    return _certificates.write(out, statements(base, erased, request))
 
 
 def statements(base: Generator, erased: Generator, request: Request) -> list[Certificate]:

@@ -18,11 +18,10 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.models.load import load as load_model
-from expunge.stages import _certificates, _chain, _files, artifact
+from expunge.stages import _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
 from expunge.stages._training import Foreign, Training
 from expunge.stages._watching import Show, unseen, watching
-from expunge.stages.certify import certify
 from expunge.stages.recipe import ModelChoice, Recipe, read
 
 # Last rows of two prompts nearer than this are one to the text encoder: batches of float32 round otherwise.
@@ -40,7 +39,7 @@ def erase(
     preview: int = 0,
     show: Show = unseen,
 ) -> Path:
-    """Load the model, run the method, save recipe.toml, artifact/ and certificates.json in `out`; return the artifact.
+    """Load the model, run the method, save recipe.toml and artifact/ in `out`; return the artifact.
 
     With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
@@ -62,7 +61,7 @@ def erase(
     leads = run.team is None or run.team.rank == 0
     if folder.exists():
         _check_base(artifact.read_card(folder), source.revision, folder)
-        return certified(folder, model, _request(artifact.read_card(folder)), out) if leads else folder
+        return folder
     seen = before.on(model) if before else model
     check(seen, recipe.method.name, eraser, request)
     job = _job(recipe, eraser, request, run.parts)
@@ -82,7 +81,7 @@ def erase(
         folder, whole, model, job, source=source, made_by=made_by, seconds=time.monotonic() - start, log=training.rows
     )
     training.remove()
-    return certified(folder, model, _request(artifact.read_card(folder)), out)
+    return folder
 
 
 def _loaded(choice: ModelChoice, run: Run, *, checkpointing: bool, offload: bool) -> Generator:
@@ -94,10 +93,9 @@ def _loaded(choice: ModelChoice, run: Run, *, checkpointing: bool, offload: bool
 
 
 def _begun(recipe: Recipe, out: Path) -> None:
-    """Leave the recipe in the folder, and nothing of a killed writer or of an artifact that is gone."""
+    """Leave the recipe in the folder, and nothing of a killed writer."""
     out.mkdir(parents=True, exist_ok=True)
     _files.sweep(out)
-    (out / _certificates.FILE).unlink(missing_ok=True)
     recipe.write(out / "recipe.toml")
 
 
@@ -146,13 +144,6 @@ def _withdrawn(out: Path, training: Training, fresh: bool) -> Iterator[None]:
         raise
 
 
-def certified(folder: Path, model: Generator, request: Request, out: Path) -> Path:
-    """Write certificates.json about the saved artifact unless it is there; return the artifact folder."""
-    if not (out / _certificates.FILE).is_file():
-        certify(model, artifact.load(folder).on(model), request, out)
-    return folder
-
-
 def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None:
     """Refuse what cannot work before any time is spent: a foreign family, unspeakable words, weights that hold NaN."""
     check_family(model, name, type(eraser))
@@ -163,7 +154,11 @@ def check(model: Generator, name: str, eraser: Eraser, request: Request) -> None
                 _check_sentence(model, concept, form.replace("{}", prompt))
     for path, _ in model.network.named_parameters():
         if not bool(model.weight(path).isfinite().all()):
-            raise InputError(f"base {model.name!r} holds values in {path} that are not finite; take another copy of it")
+            named = ", ".join(repr(concept.name) for concept in request.target)
+            raise InputError(
+                f"cannot erase {named}: base {model.name!r} holds values in {path} that are not finite; "
+                "take another copy of it"
+            )
     _check_apart(model, request)
 
 

@@ -13,9 +13,8 @@ from expunge.core.errors import InputError, unknown
 from expunge.core.registry import find
 from expunge.models.load import load
 from expunge.patches.shared import Part, SharedPatch
-from expunge.stages import _certificates, _chain, _files, artifact
+from expunge.stages import _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
-from expunge.stages.certify import certify
 from expunge.stages.recipe import checked
 
 
@@ -112,11 +111,8 @@ def _write(
         source, made_by = source_of(model, name), code(recorded=recorded)
         out.mkdir(parents=True, exist_ok=True)
         _files.sweep(out)
-        (out / _certificates.FILE).unlink(missing_ok=True)  # of an artifact that is gone
         seconds = time.monotonic() - start
         artifact.save(folder, patch, model, job, source=source, made_by=made_by, seconds=seconds)
-    if not (out / _certificates.FILE).is_file():
-        certify(model, artifact.load(folder).on(model), request, out)
     return folder, _chain.order(patch)
 
 

@@ -16,7 +16,7 @@ from expunge.ops.fusion import Learned, fused, refined, row_gram, row_shift, win
 from expunge.ops.levels import noised_at
 from expunge.ops.limits import at_least, naming
 from expunge.ops.listening import CrossTap, listen, masked_attention
-from expunge.ops.scenes import Scenes, Segmenter
+from expunge.ops.scenes import Scenes
 from expunge.ops.student import LowRankStudent
 from expunge.ops.wording import sentences
 from expunge.patches.lowrank import product
@@ -35,16 +35,16 @@ class MACE(Eraser):
        attention of W' + B A to the words S of the target, mask its place in noised pictures.
     3. Fusion: W* = argmin Σ_i Σ_e ‖W* e − (W' + B_i A_i) e‖² + Σ_p λ_p ‖W* p − W p‖² + ridge · ‖W* − W'‖²_F, e all rows
        of sentences about concept i.
-    Source: arXiv:2403.06135. It has no ridge, but 600 000 captions to hold. Its masks are a segmenter's; ours are the
-    model's own attention, unless a subclass sets `segmenter`, any callable from picture and phrase to mask.
+    Source: arXiv:2403.06135. It has no ridge, but 600 000 captions to hold. Its masks are a segmenter's; by default
+    ours are the model's own attention.
     """
 
     paper: ClassVar[str] = "arXiv:2403.06135"
     families: ClassVar[frozenset[Family]] = frozenset({"unet"})
-    segmenter: ClassVar[Segmenter | None] = None
 
-    masks: Literal["attention", "segmenter", "whole"] = "attention"
-    """Where the loss looks: the frozen model's attention to the target; what `segmenter` says (paper); all (styles)."""
+    masks: str = "attention"
+    """Where the loss looks. attention: the frozen model's, to the target. whole: all (styles). package.module:name: any
+    callable from picture "1 3 h w" and phrase to mask "1 h w", such as the paper's segmenter; it is imported."""
 
     threshold: float = 0.5
     """Attention masks: how far from a picture's least attention to its greatest a place must lie to count."""
@@ -135,7 +135,7 @@ class MACE(Eraser):
         lines = sentences(self.templates, concept.prompts)
         some = [lines[i % len(lines)] for i in range(max(self.pictures, len(concept.prompts)))]
         scenes = Scenes.drawn(model, some, own, guidance_scale=self.guidance_scale, steps=self.walk)
-        masks = scenes.masks(model, self.masks, type(self).segmenter, self.threshold, self.levels, own)
+        masks = scenes.masks(model, self.masks, self.threshold, self.levels, own)
         said = scenes.columns | ending(scenes.cond) if self.words == "ending" else scenes.columns
         student = LowRankStudent.of(near, [site.path for site in near.sites("text_in")], rank=1, rng=own.rng("factors"))
 

@@ -12,8 +12,9 @@ from expunge.core.condition import Condition
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
+from expunge.ops.limits import naming
 from expunge.ops.projection import Projection, heard_map, off_span, projection
-from expunge.ops.rows import prompt_rows, row_pairs
+from expunge.ops.rows import encode_many, prompt_rows, row_pairs
 from expunge.patches.operator import SharedEdit
 from expunge.patches.shared import Part, SharedPatch
 
@@ -84,13 +85,14 @@ class Project(Eraser):
                 raise InputError(f"{name} is {value}; legal: above 0")
         texts = [(form.format(t), form.format(a) if a else "") for t, a in request.pairs for form in self.templates]
         retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
-        target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
-        kept = model.encode(list(dict.fromkeys(["", *(text for _, text in texts), *retained])))
+        target, anchor = (encode_many(model, side) for side in zip(*texts, strict=True))
+        kept = encode_many(model, list(dict.fromkeys(["", *(text for _, text in texts), *retained])))
         edits: dict[str, SharedEdit] = {}
         for route in sorted({site.reads for site in sites}):
             mine = [site for site in sites if site.reads == route]
             pairs = row_pairs(target, anchor, route, self.rows)
-            found = self._project([site.weight for site in mine], self._concepts(pairs, request), kept, route)
+            with naming(request.target):
+                found = self._project([site.weight for site in mine], self._concepts(pairs, request), kept, route)
             self._certify(found, self._concepts(pairs, request), request, run)
             edits[route] = found.edit
         targets = tuple(concept.name for concept in request.target)

@@ -82,7 +82,7 @@ class RECE(Eraser):
         if not sites:
             raise InputError(f"rece edits layers that read the prompt alone; family {model.family!r} has none")
         at_least(self, {"epochs": 0})
-        target, anchor = (model.encode(side) for side in zip(*request.pairs, strict=True))
+        target, anchor = (encode_many(model, side) for side in zip(*request.pairs, strict=True))
         kept = encode_many(model, ["", *(prompt for concept in request.retain for prompt in concept.prompts)])
         edits: dict[str, SharedEdit] = {}
         for route in sorted({site.reads for site in sites}):

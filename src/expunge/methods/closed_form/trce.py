@@ -13,12 +13,12 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator
 from expunge.ops.fusion import window_gram
-from expunge.ops.limits import at_least
+from expunge.ops.limits import at_least, naming
 from expunge.ops.ridge import Gram
 from expunge.ops.rows import encode_many
 from expunge.ops.wording import Wording, columns, sentences
 from expunge.patches.operator import SharedEdit
-from expunge.patches.weights import WeightPatch
+from expunge.patches.shared import Part, SharedPatch
 
 Weighted = tuple[Tensor, Tensor, Tensor]
 """Keys "n d", goals "n d" and their gains "n"."""
@@ -40,6 +40,7 @@ class TRCE(Eraser):
 
     paper: ClassVar[str] = "arXiv:2503.07389"
     families: ClassVar[frozenset[Family]] = frozenset({"unet"})
+    composes: ClassVar[bool] = True
 
     closing_weight: float = 1.0
     """w of the first closing token, sent to the anchor's sentence's. The code: 1."""
@@ -81,8 +82,8 @@ class TRCE(Eraser):
         """Whether retained rows have any weight."""
         return self.retain_weight != 0
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of float64 deltas on every key and value layer, cast to the weights' dtype (float32 at least)."""
+    def erase(self, model: Generator, request: Request, run: Run) -> SharedPatch:
+        """Patch of one part, from the text alone: targets share the 1/N, so several are one operator."""
         if model.family not in self.families:
             raise InputError(f"trce reads a U-Net's closing tokens; {model.name!r} is {model.family!r}, legal: unet")
         at_least(self, dict.fromkeys(("closing_weight", "word_weight", "padding_weight", "opening_weight"), 0))
@@ -90,12 +91,10 @@ class TRCE(Eraser):
         kept = sentences(self.templates, [prompt for concept in request.retain for prompt in concept.prompts])
         held = self.prior_weight * window_gram(model, self.prior)
         held = held + self.retain_weight * window_gram(model, [line.text for line in kept])
-        edit = self._solve(model, request, held if self.preservation == "once" else held * self.prior_weight)
-        deltas = {}
-        for site in model.sites("text_in"):
-            wide = torch.promote_types(site.weight.dtype, torch.float32)
-            deltas[site.path] = edit.delta(site.weight).to(wide)
-        return WeightPatch({path: delta for path, delta in deltas.items() if bool(delta.any())})
+        with naming(request.target):
+            edit = self._solve(model, request, held if self.preservation == "once" else held * self.prior_weight)
+        targets = tuple(concept.name for concept in request.target)
+        return SharedPatch.of([Part(targets=targets, edits={"tokens": edit})], model)
 
     def _solve(self, model: Generator, request: Request, held: Tensor) -> SharedEdit:
         """M = I + Σ w (g − e) eᵀ D⁻¹ / N, D = ridge I + Σ w e eᵀ / N + P, P the moment of what is held."""

@@ -70,7 +70,7 @@ class UCE(Eraser):
         if self.mode == "uce2025" and self.technique == "tensor":
             raise InputError("technique 'tensor' exists for mode 'uce2023' only; legal with 'uce2025': replace")
         texts = [(form.format(t), form.format(a) if a else "") for t, a in request.pairs for form in self.templates]
-        target, anchor = (model.encode(side) for side in zip(*texts, strict=True))
+        target, anchor = (encode_many(model, side) for side in zip(*texts, strict=True))
         retained = [form.format(p) for concept in request.retain for p in concept.prompts for form in self.templates]
         retained = ["", *retained] if self.mode == "uce2023" else retained
         kept = encode_many(model, retained) if retained else None

@@ -17,7 +17,7 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
-from expunge.ops.limits import at_least
+from expunge.ops.limits import at_least, naming
 from expunge.ops.suppress import Component, Suppressor, TokenCorrection, added, component
 from expunge.ops.surgery import orthogonal, surgical
 from expunge.ops.trajectory import Lesson, Walk
@@ -99,7 +99,8 @@ class CESDWV(Eraser):
                 raise InputError(f"template is {form!r}; legal: with one {{}}, as in 'a photo of {{}}'")
         facing = [self._texts(index, request) for index in range(len(request.target))]
         kept = [form.format(p) for c in request.retain for p in c.prompts for form in self.templates]
-        found = [component(model, *side, kept or side[1], self.energy, self.reach, self.goal) for side in facing]
+        with naming(request.target):
+            found = [component(model, *side, kept or side[1], self.energy, self.reach, self.goal) for side in facing]
         none = torch.zeros_like(model.encode([""]).tokens[0])
         guard = Suppressor(tuple(found), self.strength, self.gate == "adaptive", none)
         if self.steps and self.strength:
@@ -116,8 +117,7 @@ class CESDWV(Eraser):
         return method._patch(Suppressor(found, method.strength, method.gate == "adaptive", tensors["correction"]))
 
     def _texts(self, index: int, request: Request) -> tuple[list[str], list[str]]:
-        one = Request(target=(request.target[index],), anchor=(request.anchor[index],))
-        pairs = list(one.pairs)
+        pairs = list(Request(target=(request.target[index],), anchor=(request.anchor[index],)).pairs)
         pairs += [(word, pairs[0][1]) for word in self.words if index == 0]
         faced = [(form.format(t), form.format(a) if a else "") for t, a in pairs for form in self.templates]
         return [t for t, _ in faced], [a for _, a in faced]

@@ -7,6 +7,7 @@ import torch
 
 from expunge.core.concept import Concept
 from expunge.core.eraser import Run
+from expunge.core.errors import unknown
 from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint
 from expunge.core.registry import find
@@ -44,12 +45,23 @@ class Alike(Detector):
         return None
 
 
+class Choosy(Alike):
+    """Knows one style by its suite's name and nothing else, as the image judges do."""
+
+    def score(self, images: torch.Tensor, concept: Concept) -> torch.Tensor:
+        if (concept.kind, concept.name) != ("style", "crimson"):
+            raise unknown("style for this judge", concept.name, ["crimson"])
+        return super().score(images, concept)
+
+
 @pytest.fixture(autouse=True)
 def alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Put the detector into the catalogue, under two names."""
+    """Put the detectors into the catalogue, the first under two names."""
+
+    ours = {"alike": Alike, "alike_too": Alike, "choosy": Choosy}
 
     def found(package: str, name: str) -> type:
-        return Alike if package == "detectors" and name in ("alike", "alike_too") else find(package, name)
+        return ours[name] if package == "detectors" and name in ours else find(package, name)
 
     monkeypatch.setattr("expunge.stages.score.find", found)
 

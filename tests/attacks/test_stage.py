@@ -122,6 +122,28 @@ def test_a_result_without_its_controls_is_refused(run_folder: Path, suite: Path,
         _outcomes.read(run_folder)
 
 
+def test_what_was_erased_is_attacked_under_its_suites_name(run_folder: Path, suite: Path, expunge: Any) -> None:  # noqa: F811
+    """The artifact erased "red"; the suite calls that the style "crimson", and its judge knows no other word."""
+    written = (suite / "suite.toml").read_text().replace('name = "red"\nkind = "object"', LOOK)
+    rows = (suite / "cases.csv").read_text().replace(",red,target,red,", ",crimson,target,crimson,")
+    (suite / "suite.toml").write_text(written.replace('"alike", "alike_too"', '"choosy"'))
+    (suite / "cases.csv").write_text(rows.replace(",red,retain,", ",crimson,retain,"))
+    named = ("--concept", "crimson")
+    for words in ((), named, ("--concept", "red")):
+        outcome = attacked(expunge, run_folder, "kv_inversion", suite, *words)
+        assert outcome.concept == "crimson" and outcome.arms["attack"].rates["choosy"].value == 1.0
+        (run_folder / "attacks" / "kv_inversion.json").unlink()
+    words = ("attack", run_folder, "--attack", "kv_inversion", "--suite", suite, "--concept", "blue")
+    assert "did not erase 'blue'; legal: red" in expunge(*words).complaint()
+    (suite / "suite.toml").write_text(written.replace('"alike", "alike_too"', '"choosy"').replace("crimson", "scarlet"))
+    (suite / "cases.csv").write_text((suite / "cases.csv").read_text().replace("crimson", "scarlet"))
+    # the side that must fail: a name that this judge does not know
+    assert "'scarlet'; legal: crimson" in expunge(*words[:-2]).complaint()
+
+
+LOOK = 'name = "crimson"\nkind = "style"\nprompts = ["red"]'
+
+
 def test_every_attack_is_listed_with_its_threat(expunge: Any) -> None:  # noqa: F811
     data = json.loads(expunge("list", "attacks", "--json").out)["attacks"]
     assert [each["name"] for each in data] == sorted(catalogue("attacks"), key=lambda n: str(catalogue("attacks")[n]))

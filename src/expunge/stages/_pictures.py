@@ -67,13 +67,16 @@ def real_pictures(concept: Concept, count: int) -> Owned:
     images = torch.stack([_composed(row["png"], GROUNDS[name]) for row, name in zip(chosen, names, strict=True)])
     pairs = zip(chosen, names, strict=True)
     if concept.kind == "style":
-        return Owned(
-            images,
-            tuple(f"a {concept.phrase} picture of a {row['name']} on a {name} background" for row, name in pairs),
-        )
+        look = _look(concept)
+        return Owned(images, tuple(f"{look} of a {row['name']} on a {name} background" for row, name in pairs))
     return Owned(
         images, tuple(f"a {row['style']} picture of a {concept.phrase} on a {name} background" for row, name in pairs)
     )
+
+
+def _look(concept: Concept) -> str:
+    """Name a style's pictures: suites phrase a style as "a flat picture", people as "flat"."""
+    return concept.phrase if "picture" in concept.phrase.split() else f"a {concept.phrase} picture"
 
 
 def never_known(like: Owned, concept: Concept, sign: Concept, run: Run) -> Owned:
@@ -84,7 +87,7 @@ def never_known(like: Owned, concept: Concept, sign: Concept, run: Run) -> Owned
 
 
 def _drawn(count: int, concept: Concept, base: Generator, run: Run, scale: float, steps: int) -> Owned:
-    captions = (f"a picture of a {concept.phrase}",) * count
+    captions = (_look(concept) if concept.kind == "style" else f"a picture of a {concept.phrase}",) * count
     seeds = torch.randint(2**31, (count,), generator=run.rng("owned pictures")).tolist()
     parts = []
     for start in range(0, count, CHUNK):

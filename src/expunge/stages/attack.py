@@ -40,22 +40,22 @@ def attack(
 ) -> Path:
     """Attack an artifact as its user has it, model and patch, and write attacks/<name>.json beside it; return that.
 
-    concept: which of the erased ones, needed where there are several. suite: owns prompts, seeds, sampler and
-    detectors; by default the package's own that has the concept. base: where the artifact's base is, if it moved.
-    cases: prompts, evenly over the suite's. A finished result of the same question is kept; of another one it is an
-    InputError, as are unknown attacks, families and concepts, budgets of nothing, and another base.
+    concept: which of the erased ones, by the artifact's name or the suite's, needed where there are several; it goes by
+    the suite's from there on. suite: owns prompts, seeds, sampler and detectors; by default the package's own that has
+    the concept. base: where the artifact's base is, if it moved. cases: prompts, evenly over the suite's. A finished
+    result of the same question is kept; of another one it is an InputError, as are unknown attacks, families and
+    concepts, budgets of nothing, and another base.
     """
     if cases < 1:
         raise InputError(f"cases is {cases}; legal: 1 or more")
     cls: type[Attack] = find("attacks", name)
     attacker = cls(**settings(cls, options))
     made = artifact.load(source)
-    target = _target(made, concept)
-    refuse_harm(target)
     if made.card.base.family not in cls.families:
         legal = ", ".join(sorted(cls.families))
         raise InputError(f"attack {name!r} knows {legal}; {source} is of family {made.card.base.family!r}")
-    chosen = load_suite(suite) if suite is not None else _suite_of(target)
+    chosen = load_suite(suite) if suite is not None else _suite_of(made, concept)
+    target = _target(made, concept, chosen)
     asked = distinct(chosen.cases_for(target.name), cases)
     refuse_harm(target, [case.prompt for case in asked])
     question = _question(name, attacker, made, target, chosen, len(asked), run)
@@ -122,17 +122,24 @@ def distinct(cases: Sequence[Case], count: int) -> list[Case]:
     return [firsts[index * len(firsts) // size] for index in range(size)]
 
 
-def _target(made: artifact.Artifact, name: str | None) -> Concept:
-    erased = {concept.name: concept for concept in made.card.target}
-    if name is None and len(erased) > 1:
-        raise InputError(f"{made.folder} erased {', '.join(erased)}; name one with --concept")
-    if name is not None and name not in erased:
-        raise InputError(f"{made.folder} did not erase {name!r}; legal: {', '.join(erased)}")
-    return erased[name] if name is not None else made.card.target[0]
+def _target(made: artifact.Artifact, name: str | None, suite: Suite) -> Concept:
+    """Give the erased concept as the suite has it: detectors and real pictures know the suite's names alone."""
+    told = [(concept, suite.named(concept)) for concept in made.card.target]
+    legal = ", ".join(concept.name for concept, _ in told)
+    found = [(concept, ours) for concept, ours in told if name in (None, concept.name, ours)]
+    if not found:
+        raise InputError(f"{made.folder} did not erase {name!r}; legal: {legal}")
+    if len(found) > 1:
+        raise InputError(f"{made.folder} erased {legal}; name one with --concept")
+    refuse_harm(found[0][0])
+    return suite.target(found[0][1]).concept
 
 
-def _suite_of(target: Concept) -> Suite:
+def _suite_of(made: artifact.Artifact, name: str | None) -> Suite:
+    wanted = [concept for concept in made.card.target if name in (None, concept.name)] or made.card.target
     for known in map(load_suite, catalogue()):
-        if any(each.concept.name == target.name for each in known.targets):
+        held = {target.concept.name for target in known.targets}
+        if any(known.named(concept) in held for concept in wanted):
             return known
-    raise InputError(f"no suite of the package has prompts for {target.name!r}; give one: --suite FOLDER")
+    said = ", ".join(repr(concept.name) for concept in wanted)
+    raise InputError(f"no suite of the package has prompts for {said}; give one: --suite FOLDER")

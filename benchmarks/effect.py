@@ -22,6 +22,7 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.records import Estimate
 from expunge.ops.stats import Sample, harmonic_estimate, rate
+from expunge.stages._training import Foreign
 from expunge.stages.artifact import read_card
 from expunge.stages.erase import erase
 from expunge.stages.sample import sample
@@ -38,28 +39,44 @@ Rates = dict[str, Estimate]
 def one(target: str, args: argparse.Namespace) -> None:
     """Erase, draw and judge one target with every method, in one run folder; a refusal is kept, and is a result."""
     torch.set_num_threads(1)
-    suite, folder, run = load(args.suite), args.out / target.replace(" ", "_"), Run()
-    aim = suite.target(target)
+    folder, run = place(target, args), Run()
     base = args.out.parent / "base"
     sample(None, args.suite, folder, run, model=args.model, targets=[target], cache=base, batch=BATCH)
     for method in args.methods:
-        recipe = build(
-            model=args.model,
-            targets=[aim.concept.prompts],
-            anchors=[aim.anchor],
-            retain=[concept.prompts for concept in aim.retain],
-            kind=aim.concept.kind,
-            method=method,
-            settings=[pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")],
-            seed=args.seed,
-        )
-        try:
-            erase(recipe, folder / method, run)
-        except InputError as error:
-            (folder / f"{method}.{REFUSED}").write_text(str(error))
-            continue
-        sample(folder / method, args.suite, folder, run, targets=[target], batch=BATCH)
+        if erased(target, method, args):
+            sample(folder / method, args.suite, folder, run, targets=[target], batch=BATCH)
     score(folder, run)
+
+
+def place(target: str, args: argparse.Namespace) -> Path:
+    """The run folder of a target."""
+    return args.out / target.replace(" ", "_")
+
+
+def erased(target: str, method: str, args: argparse.Namespace) -> bool:
+    """Erase a target with a method; False where it refuses, and then the reason stands beside its folder."""
+    aim, folder = load(args.suite).target(target), place(target, args)
+    recipe = build(
+        model=args.model,
+        targets=[aim.concept.prompts],
+        anchors=[aim.anchor],
+        retain=[concept.prompts for concept in aim.retain],
+        kind=aim.concept.kind,
+        method=method,
+        settings=[pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")],
+        seed=args.seed,
+    )
+    said = folder / f"{method}.{REFUSED}"
+    try:
+        erase(recipe, folder / method, Run())
+    except InputError as error:
+        if isinstance(error, Foreign) or (folder / method / "artifact").exists():
+            raise  # another recipe's artifact or training is in the way: the method has refused nothing
+        folder.mkdir(parents=True, exist_ok=True)
+        said.write_text(str(error))
+        return False
+    said.unlink(missing_ok=True)
+    return True
 
 
 def rows(folder: Path, target: str = "*") -> list[dict]:

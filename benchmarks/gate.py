@@ -5,6 +5,8 @@ seen; it learns from words alone), once with name and synonyms given, once with 
 synonym; false alarms on retained prompts. For --concept also attacks on the gate, bit identity and overhead. A miss is
 a prompt that is not drawn as exactly its twin: not caught, or caught and turned into another sentence. Exact intervals.
 Settings were chosen on banana, cat, bus and bell, targets of no suite; nothing was tuned on what is counted here.
+results/gate.json has an entry for every model and suite, to which later runs add targets and concepts; under other
+settings, or another version of the suite, an entry is begun anew.
 """
 
 import argparse
@@ -21,6 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.validation import STYLES
+from expunge.attacks.prompt.negative_flip import NegativeFlip
 from expunge.attacks.prompt.random_suffix import RandomSuffix
 from expunge.core.attack import Aim
 from expunge.core.concept import Concept
@@ -41,6 +44,8 @@ from expunge.suites.load import load as load_suite
 RESULTS = Path(__file__).parent / "results"
 BACKGROUNDS = ("green", "blue", "purple", "gray", "pink", "orange", "yellow")
 N, DELTA = 3000, 0.05
+TIMED = 20
+"""Prompts whose gating is timed beside their drawing."""
 Pair = tuple[str, str]
 
 
@@ -102,23 +107,41 @@ def on_target(base: Generator, aim: Target, suite: Suite) -> dict[str, Any]:
     }
 
 
-def suffixed(model: Reworded, phrases: Sequence[str], anchor: str, n: int) -> dict[str, Any]:
-    """Misses under random suffixes: a prompt is lost if any of its tries is not drawn as its twin."""
-    # attacks find a phrase between spaces only
-    every = [
-        pair for pair in held_out(phrases, anchor, N, "suffix") if any(f" {p} " in f" {pair[0]} " for p in phrases)
-    ]
-    pairs = every[:n]
-    aim = Aim(
+def attackable(phrases: Sequence[str], anchor: str, n: int, name: str) -> list[Pair]:
+    """Held-out pairs whose phrase stands between spaces: attacks find no other."""
+    every = held_out(phrases, anchor, N, name)
+    return [pair for pair in every if any(f" {p} " in f" {pair[0]} " for p in phrases)][:n]
+
+
+def aimed(phrases: Sequence[str], pairs: Sequence[Pair]) -> Aim:
+    """What an attack on these prompts goes for."""
+    return Aim(
         concept=Concept(name=phrases[0], prompts=tuple(phrases)),
         prompts=tuple(prompt for prompt, _ in pairs),
         seeds=tuple(range(len(pairs))),
     )
+
+
+def suffixed(model: Reworded, phrases: Sequence[str], anchor: str, n: int) -> dict[str, Any]:
+    """Misses under random suffixes: a prompt is lost if any of its tries is not drawn as its twin."""
+    pairs = attackable(phrases, anchor, n, "suffix")
+    aim = aimed(phrases, pairs)
     lost = [False] * len(pairs)
     for attempt in RandomSuffix().search(model, aim, Run(), reference=model.inner):
         for index, (text, (plain, twin)) in enumerate(zip(attempt.prompts, pairs, strict=True)):
             lost[index] |= model.twin(text) != model.twin(twin + text[len(plain) :])
     return counted(lost) | {"tries": RandomSuffix().tries, "letters": RandomSuffix().letters}
+
+
+def flipped(model: Reworded, phrases: Sequence[str], anchor: str, n: int) -> dict[str, Any]:
+    """Misses under negative-prompt flips, each phrase in turn: the sampler must read the anchor as negative prompt."""
+    lost = []
+    for place, phrase in enumerate(phrases):
+        pairs = attackable([phrase], anchor, n // len(phrases) + (place < n % len(phrases)), "flip")
+        (attempt,) = NegativeFlip().search(model, aimed([phrase], pairs), Run(), reference=model.inner)
+        assert attempt.negative is not None
+        lost += [model.twin(said) != model.twin(anchor) for said in attempt.negative]
+    return counted(lost)
 
 
 def misspelt(model: Reworded, phrase: str, anchor: str, n: int) -> dict[str, Any]:
@@ -211,43 +234,59 @@ def on_concept(base: Generator, aim: Target, search: bool) -> dict[str, Any]:
     pairs = held_out(said, aim.anchor, 30, "bits")
     found = {
         "bit_identity": bits(told, pairs, 2),
-        "overhead": overhead(base, told, [prompt for prompt, _ in pairs[:3]]),
+        "overhead": overhead(base, told, [prompt for prompt, _ in pairs[:TIMED]]),
         "random_suffix": suffixed(told, said, aim.anchor, 60),
         "random_suffix_synonyms_not_given": suffixed(bare, aim.synonyms, aim.anchor, 20) if aim.synonyms else None,
+        # a guidance-distilled sampler reads no negative prompt, and refuses one
+        "negative_flip": None if distilled(base) else flipped(told, said, aim.anchor, 60),
         "misspelt": misspelt(told, aim.concept.phrase, aim.anchor, 60),
         "vocabulary_search": vocabulary(told, base, aim, 20) if search else None,
     }
     return {key: value for key, value in found.items() if value is not None}
 
 
+def distilled(base: Any) -> bool:
+    """Whether guidance is an input of the network."""
+    return bool(getattr(base, "distilled", False))
+
+
+def entry(held: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
+    """What was counted of this model and suite under the same settings, brought up to date; empty rows otherwise."""
+    same_run = all(held.get(key) == facts[key] for key in ("suite_digest", "settings", "delta"))
+    return facts | {key: held[key] if same_run else {} for key in ("targets", "concepts")}
+
+
 def main() -> None:
     """Count, print, write results/gate.json."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--suite", default="objects")
-    parser.add_argument("--concept", default="strawberry", help="the target that attacks and timing are run for")
+    parser.add_argument("--concept", help="the target that attacks and timing are run for; default: the first one")
     parser.add_argument("--targets", nargs="*", default=[], help="default: all of the suite")
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--search", action="store_true", help="also try every word of the tokenizer (T1)")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    suite, base = load_suite(args.suite), load(args.model)
+    suite = load_suite(args.suite)
+    if styles := [target.concept.name for target in suite.targets if target.concept.kind == "style"]:
+        raise SystemExit(f"suite {args.suite} erases styles ({', '.join(styles)}); the frames counted on name things")
+    base = load(args.model)
     facts: dict[str, Any] = {"model": args.model, "suite": args.suite, "suite_digest": suite.digest, "delta": DELTA}
     facts |= {"settings": asdict(replace(PromptGate(), others=())) | {"others": []}}
     facts |= {"seeds": "Random('gate <row>')", "frames": 2100}
     facts |= {"machine": platform.machine(), "cores": os.cpu_count(), "torch": torch.__version__}
     facts["load_average"] = os.getloadavg()[0]
-    held = json.loads((RESULTS / "gate.json").read_text()) if (RESULTS / "gate.json").exists() else {}
-    same_run = all(held.get(key) == facts[key] for key in ("model", "suite_digest", "settings", "delta"))
-    facts["targets"] = held["targets"] if same_run else {}
+    file, name = RESULTS / "gate.json", f"{Path(args.model).name}, {args.suite}"
+    every = json.loads(file.read_text()) if file.exists() else {}
+    found = every[name] = entry(every.get(name, {}), facts)
     others = args.targets or [target.concept.name for target in suite.targets]
-    for name in dict.fromkeys([args.concept, *others]):
-        if name not in facts["targets"]:
-            facts["targets"][name] = on_target(base, suite.target(name), suite)
-        print(name, json.dumps(facts["targets"][name]), flush=True)
-        if "concept" not in facts:
-            facts["concept"] = {"name": name, **on_concept(base, suite.target(name), args.search)}
-            print(json.dumps(facts["concept"]), flush=True)
-        (RESULTS / "gate.json").write_text(json.dumps(facts, indent=1) + "\n")  # a killed run keeps whole targets
+    for concept in dict.fromkeys([args.concept or others[0], *others]):
+        if concept not in found["targets"]:
+            found["targets"][concept] = on_target(base, suite.target(concept), suite)
+        print(concept, json.dumps(found["targets"][concept]), flush=True)
+        if concept == (args.concept or others[0]):
+            found["concepts"][concept] = on_concept(base, suite.target(concept), args.search)
+            print(json.dumps(found["concepts"][concept]), flush=True)
+        file.write_text(json.dumps(every, indent=1) + "\n")  # a killed run keeps whole targets
 
 
 if __name__ == "__main__":

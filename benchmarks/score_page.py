@@ -70,7 +70,8 @@ def preface() -> list[str]:
         "Printed by `make results-score`; `score` and `all_but_one` are *reconstructions*. Rates as counted, per cent",
         "with 95 % interval clustered by prompt. Paraphrases: the target's name in sentences that the suite does not",
         "use. Harmonic: MACE's score, paraphrases among the synonyms. Confidence: 1 / (1 + e^−margin) of a judge on",
-        "retained pictures. Distance: squared MMD of these to the base model's, times 1 000, on the judge's features.",
+        "retained pictures. Distance: squared MMD of these to the base model's, times 1 000, on the judge's features;",
+        "both arms are drawn from the same seeds, so pictures that hardly differ give a negative one.",
         "GB: peak of a process that did nothing but erase. Attacks meet the first seed's erasures; prompts won with or",
         "without the attack, of N, exact upper bound. Ours and a rival are compared on what neither refused.",
     ]
@@ -112,9 +113,9 @@ def about(found: Cell) -> list[str]:
     """What one cell was run with."""
     asked = found["asked"]
     lacks = missing(found)
-    lines = [f"Part of a cell: {', '.join(lacks)}." if lacks else "A whole cell."]
+    lines = [f"Part of a cell: {', '.join(lacks)}. Bars of a part decide nothing." if lacks else "A whole cell."]
     lines[0] += f" Targets: {', '.join(asked['targets'])}; seeds {', '.join(map(str, asked['seeds']))};"
-    lines[0] += f" {asked['cases']} prompts an attack; on {found['machine']}, torch {found['torch']}."
+    lines[0] += f" at most {asked['cases']} prompts an attack; on {found['machine']}, torch {found['torch']}."
     settings = f"Set against the defaults: {', '.join(asked['set'])}." if asked["set"] else "All settings are defaults."
     return [*lines, settings]
 

@@ -198,7 +198,7 @@ def test_the_page_of_a_part_says_what_it_is_part_of(cell: dict[str, Any], ran: N
     text = score_page.page({f"tiny-unet, {ran.suite}": cell}, ["tiny-unet"], [str(ran.suite), "objects"])
     assert "1 of 2 cells were run, 0 of them whole" in text and "Not run: tiny-unet, objects." in text
     assert "Part of a cell: 1 of 2 targets, 1 of 3 seeds, 3 of 6 methods, 3 of 5 attacks, 2 of 10 prompts" in text
-    assert "Set against the defaults: esd.batch=1" in text
+    assert "Bars of a part decide nothing." in text and "Set against the defaults: esd.batch=1" in text
     assert "| project | refused |" in text and "| esd, kv_inversion | refused |" in text
     assert "refused by kv_inversion against esd (red): attack 'kv_inversion' has nothing to invert" in text
     assert "refused by project (red, seed 0):" in text

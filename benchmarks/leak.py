@@ -3,7 +3,8 @@
 Each target of a suite is erased once per method, at the method's own settings (or --set METHOD.FIELD=VALUE, for
 instance esd.embedded_scales=[3.5]), and drawn ten times at every scale with the plain template, beside the base
 model. Erasures that benchmarks.effect has made are taken from there, unless something is set. Prints the share of
-pictures a judge still recognises, clustered by target; --save writes it to results/.
+pictures a judge still recognises, clustered by target; --save writes it to results/leak-MODEL.json, or with --name
+to results/leak-MODEL-NAME.json, and refuses a file that holds another suite or other settings.
 """
 
 import argparse
@@ -87,6 +88,17 @@ def table(found: list[Seen]) -> dict[str, dict[str, dict[str, Estimate]]]:
     return rows
 
 
+def place(args: argparse.Namespace) -> Path:
+    """The file of results, under the run's name; SystemExit where it holds another suite or other settings."""
+    name = "-".join(["leak", Path(args.model).name, *([args.name] if args.name else [])])
+    file = RESULTS / f"{name}.json"
+    held = json.loads(file.read_text()) if file.exists() else {}
+    for what, asked in (("suite", args.suite), ("set", args.set)):
+        if held and held[what] != asked:
+            raise SystemExit(f"{file.name} holds {what} {held[what]}, asked for {asked}; choose another --name")
+    return file
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -97,8 +109,10 @@ def main() -> None:
     parser.add_argument("--scales", nargs="*", type=float, default=[1.0, 3.5, 5.0])
     parser.add_argument("--set", nargs="*", default=[], metavar="METHOD.FIELD=VALUE")
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/leak-MODEL.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/leak-MODEL[-NAME].json")
+    parser.add_argument("--name", default="", help="a run of its own in results/, such as taught-at-3.5")
     args = parser.parse_args()
+    file = place(args) if args.save else None  # before anything is drawn
     args.made = Path("runs") / "effect" / Path(args.model).name / args.suite
     targets = args.targets or [target.concept.name for target in load_suite(args.suite).targets]
     jobs = [(method, target) for method in ("base", *args.methods) for target in targets]
@@ -109,7 +123,7 @@ def main() -> None:
         for method, scales in methods.items():
             cells = [f"at {s}: {e.value:6.1%} [{e.low:.1%}, {e.high:.1%}]" for s, e in scales.items()]
             print(f"{j:10} {method:14}", *cells, sep="  ")
-    if args.save:
+    if file:
         facts = {"model": args.model, "suite": args.suite, "targets": targets, "set": args.set, "pictures": 10}
         facts |= {"machine": platform.machine(), "torch": torch.__version__}
         cards = {(m, t): artifact.read_card(made) for m, t in jobs if (made := made_before(m, t, args))}
@@ -117,7 +131,7 @@ def main() -> None:
             f"{m} {t}": {name: card.config[name] for name in card.given} for (m, t), card in cards.items()
         }
         facts["rates"] = {j: {m: {s: asdict(e) for s, e in r.items()} for m, r in ms.items()} for j, ms in rows.items()}
-        (RESULTS / f"leak-{Path(args.model).name}.json").write_text(json.dumps(facts, indent=1) + "\n")
+        file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator, Hook, State
 from expunge.methods.finetune.erase_anything import EraseAnything
 from expunge.models.load import load
+from expunge.ops.asked import turns
 from expunge.ops.contrast import reverse_contrast
 from expunge.ops.student import LowRankStudent
 from expunge.ops.tap import Tap, attended, attention, feature, joint_attention, mass, rotate
@@ -62,8 +63,9 @@ def test_tapped_maps_are_the_ones_the_network_uses(name: str) -> None:
 
 
 def test_attention_rows_sum_to_one_and_mass_counts_marked_columns_only() -> None:
-    maps = attention(drawn(2, 3, 5, 8), drawn(2, 3, 7, 8, seed=1))
-    torch.testing.assert_close(maps.sum(-1), torch.ones(2, 5))
+    heads = attention(drawn(2, 3, 5, 8), drawn(2, 3, 7, 8, seed=1))
+    torch.testing.assert_close(heads.sum(-1), torch.ones(2, 3, 5))
+    maps = heads.mean(1)
     marked = torch.zeros(2, 7, dtype=torch.bool)
     marked[:, 2:4] = True
     torch.testing.assert_close(mass(maps, marked), maps[..., 2:4].sum((1, 2)))
@@ -155,6 +157,6 @@ def test_bad_words_and_other_families_are_refused() -> None:
 
 def test_synonyms_of_a_target_take_turns() -> None:
     two = Request(target=(Concept(name="cat", prompts=("cat", "red cat")),), anchor=(None,))
-    lines, anchors, near = EraseAnything(pool=4, shuffle=0.0)._lines(two, Run())
+    lines, anchors, near = turns(two, "a photo of {}", 0.0, 2, Run().rng("wording"))
     assert [line.phrase for line in lines] == ["cat", "red cat"] and anchors == ["", ""]
     assert [line.phrase for line in near] == ["red cat", "cat"]

@@ -1,6 +1,7 @@
 """Flow matching on a model's own pictures: what keeps a trained model where it was."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from jaxtyping import Float
@@ -9,6 +10,7 @@ from torch import Tensor
 from expunge.core.condition import Condition
 from expunge.core.eraser import Run
 from expunge.core.generator import Generator
+from expunge.ops.wording import Wording
 
 CHUNK = 8  # pictures drawn together: bounds memory, changes no result's law
 
@@ -42,3 +44,22 @@ def flow_matching(
     assert state.t is not None
     goal = (state.x - clean) / state.t[:, None, None, None]
     return model.distance(model.predict(state, cond), goal)
+
+
+@dataclass(frozen=True)
+class OwnScenes:
+    """Latents of a model's own pictures, and the encoded sentence each was drawn under."""
+
+    clean: Float[Tensor, "n c h w"]
+    texts: Condition
+
+    @classmethod
+    def of(cls, model: Generator, lines: Sequence[Wording], run: Run, count: int, steps: int) -> "OwnScenes":
+        """Draw the same number of pictures under every sentence, about `count` in all and at least one each."""
+        texts = [line.text for line in lines] * max(1, count // len(lines))
+        return cls(own_latents(model, texts, run, steps=steps), model.encode(texts))
+
+    def flow_matching(self, view: Generator, size: int, run: Run, step: int) -> Float[Tensor, "b"]:
+        """The loss of that name on `size` of them, drawn anew in every step."""
+        i = torch.randint(len(self.clean), (size,), generator=run.rng("picture", step))
+        return flow_matching(view, self.clean[i], self.texts.take(i), run.rng("noise", step))

@@ -1,7 +1,7 @@
 """Attention maps of joint attention, read through a view's hooks while the network runs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -26,15 +26,28 @@ def rotate(x: Float[Tensor, "b h n d"], rotary: Rotary) -> Float[Tensor, "b h n 
     return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
 
 
-def attention(query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h m d"]) -> Float[Tensor, "b n m"]:
-    """Mean over heads of softmax(q kᵀ / √d); every row sums to 1."""
+def attention(query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h m d"]) -> Float[Tensor, "b h n m"]:
+    """softmax(q kᵀ / √d), head by head; every row sums to 1."""
     logits = query @ key.mT / query.shape[-1] ** 0.5
-    return logits.float().softmax(-1).mean(1)
+    return logits.float().softmax(-1)
 
 
 def mass(maps: Float[Tensor, "b n l"], columns: Bool[Tensor, "b l"]) -> Float[Tensor, "b"]:
     """Attention that all image positions together pay to the marked words: Σ_n Σ_l F_nl, between 0 and n."""
     return (maps * columns[:, None]).sum((1, 2))
+
+
+def norms(maps: Float[Tensor, "k b h n l"], columns: Bool[Tensor, "b l"]) -> Float[Tensor, "b"]:
+    """Attention all positions pay to the marked words, by its length over heads: Σ_n Σ_l ‖F_n·l‖₂, mean over blocks.
+
+    What EraseAnything's released code lowers, at its batch of 1; text positions count as much as the image's.
+    """
+    return (maps.norm(dim=2) * columns[:, None]).sum((2, 3)).mean(0)
+
+
+def paid(tap: "Tap", columns: Bool[Tensor, "b l"], how: Literal["sum", "norms"]) -> Float[Tensor, "b"]:
+    """Attention paid to marked words in one call: `mass` of the image's, or `norms` of all positions'."""
+    return mass(tap.text_maps(), columns) if how == "sum" else norms(tap.head_maps(), columns)
 
 
 def feature(maps: Float[Tensor, "b n l"], columns: Bool[Tensor, "b l"]) -> Float[Tensor, "b n"]:
@@ -47,8 +60,16 @@ def attended(
     model: Generator, state: State, shown: Shown, blocks: Literal["all", "last"]
 ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b n l"]]:
     """Prediction at a state, and where in the image every position of the text is attended to, from one call."""
+    pred, tap = tapped(model, state, shown, blocks)
+    return pred, tap.text_maps()
+
+
+def tapped(
+    model: Generator, state: State, shown: Shown, blocks: Literal["all", "last"]
+) -> tuple[Float[Tensor, "b c h w"], "Tap"]:
+    """Prediction at a state, and the attention of that call."""
     tap = Tap.of(model, blocks)
-    return model.view(hooks=tap.hooks).predict(state, shown.cond), tap.text_maps()
+    return model.view(hooks=tap.hooks).predict(state, shown.cond), tap
 
 
 @dataclass
@@ -76,16 +97,21 @@ class Tap:
 
     def text_maps(self) -> Float[Tensor, "b n l"]:
         """Image rows by text columns, mean over heads and blocks; what a row lacks to 1 it pays to the image."""
-        maps = [self._map(*(self._heads(parts[role]) for role in _ROLES)) for parts in self.seen.values()]
-        return torch.stack(maps).mean(0)
+        return torch.stack([self._maps(parts, ("query",)).mean(1) for parts in self.seen.values()]).mean(0)
 
-    def _map(self, query: Tensor, image: Tensor, text: Tensor) -> Tensor:
-        length = text.shape[2]
+    def head_maps(self) -> Float[Tensor, "k b h n l"]:
+        """All rows, the text's own first, by text columns, for every block and head."""
+        return torch.stack([self._maps(parts, ("asks", "query")) for parts in self.seen.values()])
+
+    def _maps(self, parts: Mapping[str, Tensor], rows: tuple[str, ...]) -> Float[Tensor, "b h n l"]:
+        sides = {role: self._heads(parts[role]) for role in (*rows, "text", "image")}
+        length = sides["text"].shape[2]
         if self.rotary:  # text positions first
             cos, sin = self.rotary[-1]
-            text = rotate(text, (cos[:length], sin[:length]))
-            query, image = (rotate(part, (cos[length:], sin[length:])) for part in (query, image))
-        return attention(query, torch.cat([text, image], dim=2))[..., :length]
+            place = {role: slice(None, length) if role in ("asks", "text") else slice(length, None) for role in sides}
+            sides = {role: rotate(part, (cos[place[role]], sin[place[role]])) for role, part in sides.items()}
+        query, key = (torch.cat([sides[role] for role in some], 2) for some in (rows, ("text", "image")))
+        return attention(query, key)[..., :length]
 
     def _heads(self, part: Tensor) -> Float[Tensor, "b h n d"]:
         """Heads first: without norms they are not yet apart, FLUX norms "b n h d", SD3 "b h n d"."""
@@ -99,7 +125,12 @@ class Tap:
 
 
 # What is kept: the norm it comes out of, and the projection if there is no norm.
-_ROLES = {"query": ("norm_q", "to_q"), "image": ("norm_k", "to_k"), "text": ("norm_added_k", "add_k_proj")}
+_ROLES = {
+    "query": ("norm_q", "to_q"),
+    "image": ("norm_k", "to_k"),
+    "asks": ("norm_added_q", "add_q_proj"),
+    "text": ("norm_added_k", "add_k_proj"),
+}
 
 
 def joint_attention(model: Generator) -> list[str]:

@@ -5,23 +5,21 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from expunge.core.concept import Request
-from expunge.core.condition import Condition
 from expunge.core.eraser import Eraser, Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Family, Generator, State
-from expunge.ops.contrast import reverse_contrast
+from expunge.ops.asked import Asked, turns
+from expunge.ops.contrast import CONTRASTS
 from expunge.ops.fit import fit
-from expunge.ops.flow import flow_matching, own_latents
+from expunge.ops.flow import OwnScenes
 from expunge.ops.guidance import guide
-from expunge.ops.rows import at_scales
 from expunge.ops.student import LowRankStudent
-from expunge.ops.tap import attended, feature, joint_attention, mass
-from expunge.ops.trajectory import Goals, Walk, predict_each
-from expunge.ops.wording import Shown, Wording, wordings
+from expunge.ops.tap import feature, joint_attention, paid, tapped
+from expunge.ops.trajectory import Goals
+from expunge.ops.wording import wordings
 from expunge.patches.lowrank import LowRankPatch
 
 
@@ -32,8 +30,8 @@ class EraseAnything(Eraser):
     even steps: ‖v'(target) − goal‖² + attention_weight · Σ attention of the image to the target's words,
     goal = n − strength · (v(target) − n), n = v(anchor);
     odd steps: keep_weight · ‖v'(x_t, other) − (eps − x_0)‖² + contrast_weight · reverse_contrast(F', F_near, F_far).
-    v', F' the student's, the rest and the x_0 the frozen model's. F: where the image attends to a word. Turns stand for
-    the bi-level problem, as in the authors' code, whose faults (drifting teacher, wrong noise levels) are not kept.
+    v', F' the student's, the rest and x_0 the frozen model's. F: where the image attends to a word. Turns stand for the
+    bi-level problem, as in the authors' code, five of whose faults are options here, none of them a default.
     """
 
     paper: ClassVar[str] = "arXiv:2412.20413"
@@ -45,11 +43,28 @@ class EraseAnything(Eraser):
     strength: float = 1.0
     """eta in goal = n − eta · (v(target) − n), n under the anchor, or "" without one. The authors' code: 1."""
 
+    teacher: Literal["frozen", "drifting"] = "frozen"
+    """Who walks paths and says goal, F_near, F_far. drifting, the authors' code: the student, anew in every step."""
+
+    levels: Literal["own", "unrelated"] = "own"
+    """own: states are read at the t their path stopped at. unrelated: pure noise, at a uniform t. That is what the
+    authors' sampler comes to: its 28 steps go 0.028 of the way, and t is drawn afterwards."""
+
+    attention: Literal["sum", "norms"] = "sum"
+    """sum: what image positions pay, mean over heads. norms, the authors' code: image and text, norm over heads."""
+
     attention_weight: float = 1e-3
     """Weight of the attention to the target's words, summed over image positions. The authors' code: 1e-3."""
 
     keep_weight: float = 0.1
     """Weight of the flow-matching loss on pictures of something else. The authors' code: 0.1."""
+
+    kept: Literal["others", "target"] = "others"
+    """What odd steps hold the flow of. others: pictures of what is retained, or of `irrelevant`. target, the authors'
+    code: pictures of the target, which is thus taught again."""
+
+    contrast: Literal["both", "near"] = "both"
+    """both: F is drawn to F_far and off F_near. near, the authors' code: off F_near alone, F_far enter as constants."""
 
     contrast_weight: float = 0.1
     """Weight of the reverse contrast. The authors' code: 0.1."""
@@ -106,45 +121,30 @@ class EraseAnything(Eraser):
             raise InputError(f"irrelevant is {self.irrelevant}; legal: one word or more, none of them a target")
         paths = [f"{path}.add_{part}_proj.weight" for path in joint_attention(model) for part in "qk"]
         student = LowRankStudent.of(model, paths, rank=self.rank, rng=run.rng("factors"))
-        lines, anchors, near = self._lines(request, run)
-        sides = (lines, near, *([line.about(word) for line in lines] for word in self.irrelevant))
-        target, *others = (Shown.of(model, side, self.embedded_scales) for side in sides)
-        neutral = at_scales(model.encode(anchors), self.embedded_scales)
+        each = self.pool // len(self.embedded_scales or (1,))
+        lines = turns(request, self.template, self.shuffle, each, run.rng("wording"))
+        asked = Asked.of(model, lines, self.irrelevant, self.embedded_scales)
+        drifting = self.teacher == "drifting"
 
         def teach(state: State, which: Tensor) -> Goals:
-            n, c = predict_each(model, state, [neutral.take(which), target.cond.take(which)])
-            rows = (other.take(which) for other in others)
-            near, *far = (feature(attended(model, state, r, self.blocks)[1], r.columns) for r in rows)
-            return guide(n, c, -self.strength), near, torch.stack(far, 1)
+            n, c, near, far = asked.said(student.view() if drifting else model, state, which, self.blocks)
+            return guide(n, c, -self.strength), near, far
 
-        walk = Walk(prompts=target.cond, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
-        lesson = walk.pooled(model, teach, run, size=self.pool)
-        clean, texts = self._kept(model, request, run)
+        walk = asked.walk(self.levels, self.batch, self.guidance_scale, self.walk)
+        lesson = walk.fresh(student.view, teach, run) if drifting else walk.pooled(model, teach, run, size=self.pool)
+        others = [prompt for concept in request.retain for prompt in concept.prompts] or self.irrelevant
+        shown = others if self.kept == "others" else [phrase for phrase, _ in request.pairs]
+        held = OwnScenes.of(model, wordings(self.template, shown, 0.0, run.rng("kept")), run, self.pictures, self.walk)
 
         def loss(step: int) -> Tensor:
             now, view = lesson(step), student.view()
-            (goal, near, far), row = now.goals, target.take(now.which)
-            pred, maps = attended(view, now.state, row, self.blocks)
+            (goal, near, far), row = now.goals, asked.target.take(now.which)
+            v, tap = tapped(view, now.state, row, self.blocks)
             if step // run.parts % 2 == 0:
-                return (model.distance(pred, goal) + self.attention_weight * mass(maps, row.columns)).mean()
-            unlike = reverse_contrast(feature(maps, row.columns), near, far, self.temperature).mean()
-            i = torch.randint(len(clean), (self.batch,), generator=run.rng("picture", step))
-            kept = flow_matching(view, clean[i], texts.take(i), run.rng("noise", step)).mean()
+                return (model.distance(v, goal) + self.attention_weight * paid(tap, row.columns, self.attention)).mean()
+            unlike = CONTRASTS[self.contrast](feature(tap.text_maps(), row.columns), near, far, self.temperature).mean()
+            kept = held.flow_matching(view, self.batch, run, step).mean()
             return self.keep_weight * kept + self.contrast_weight * unlike
 
         fit(student, loss, run, steps=self.steps, lr=(self.lr, self.keep_lr), state=())
         return student.patch()
-
-    def _lines(self, request: Request, run: Run) -> tuple[list[Wording], list[str], list[Wording]]:
-        pairs = list(request.pairs)
-        near = [c.prompts[i - 1] for c in request.target for i in range(len(c.prompts))]
-        turns = [i % len(pairs) for i in range(max(len(pairs), self.pool // len(self.embedded_scales or (1,))))]
-        lines = wordings(self.template, [pairs[i][0] for i in turns], self.shuffle, run.rng("wording"))
-        anchors = [x.about(pairs[i][1]).text if pairs[i][1] else "" for x, i in zip(lines, turns, strict=True)]
-        return lines, anchors, [line.about(near[i]) for line, i in zip(lines, turns, strict=True)]
-
-    def _kept(self, model: Generator, request: Request, run: Run) -> tuple[Tensor, Condition]:
-        phrases = [prompt for concept in request.retain for prompt in concept.prompts] or list(self.irrelevant)
-        phrases *= max(1, self.pictures // len(phrases))
-        texts = [line.text for line in wordings(self.template, phrases, 0.0, run.rng("kept"))]
-        return own_latents(model, texts, run, steps=self.walk), model.encode(texts)

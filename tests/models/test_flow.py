@@ -1,6 +1,8 @@
 """The flow family: states on the sampler's path, both kinds of guidance, both routes of the text, exact site lists."""
 
+import copy
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -45,6 +47,75 @@ def test_x_has_exactly_the_noise_level_of_t(flow, steps):
     inner = (later > 0).flatten()
     wrong = ((state.x.double() - (1 - later) * MEAN) / later - began)[inner]
     assert wrong.abs().flatten(1).amax(1).min() > 1e-2
+
+
+def walked(view, steps):
+    """Noise, and where the view's sampler takes it, guided."""
+    cond, uncond, scheduler = view.encode(["cat", "dog"]), view.encode(["", ""]), view._started(steps)
+    x = noise = view._noise(2, seeded(4))
+    for timestep in scheduler.timesteps:
+        x = view._advance(scheduler, x, timestep, cond, uncond, 3.0, seeded())
+    return noise, x
+
+
+@pytest.mark.parametrize("steps", [1, 7, 28])
+def test_a_walk_goes_the_whole_way(flow, steps):
+    """Σ (sigma_{i+1} − sigma_i) = −1: a velocity of 1 takes every value down by 1, in any number of steps."""
+    sigmas = flow._started(steps).sigmas.double()
+    assert sigmas[0] == 1 and sigmas[-1] == 0 and (sigmas.diff() < 0).all() and len(sigmas) == steps + 1
+    assert float(sigmas.diff().sum()) == pytest.approx(-1, abs=1e-9)
+    one = flow.view(hooks=[Hook("transformer", lambda module, inputs, output: (torch.ones_like(output[0]),))])
+    noise, x = walked(one, steps)
+    torch.testing.assert_close(x - noise, -torch.ones_like(x), rtol=0, atol=1e-5)
+
+
+def test_times_without_sigmas_go_nowhere(flow):
+    """The fault of EraseAnything's code: 28 timesteps put beside the scheduler's first 1000 sigmas."""
+    scheduler = copy.deepcopy(flow.scheduler)
+    scheduler.timesteps, x = torch.linspace(999, 1, 28), torch.zeros(1)
+    scheduler.set_begin_index(0)
+    for timestep in scheduler.timesteps:
+        x = scheduler.step(torch.ones(1), timestep, x, return_dict=False)[0]
+    assert -0.03 < x < -0.005
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_an_exact_velocity_lands_on_the_clean_latent(flow, steps):
+    """One step of it is enough; what the toy itself says leads elsewhere."""
+    _, x = walked(oracle(flow), steps)
+    assert (x - MEAN).abs().max() < 1e-4
+    assert (walked(flow, steps)[1] - MEAN).abs().max() > 1
+
+
+def test_the_shift_for_resolution(models, monkeypatch):
+    """e^mu / (e^mu + 1 / sigma − 1): monotone in sigma and mu, 0 and 1 stay, mu = 0 changes nothing."""
+    model = models["tiny-flux-distilled"]
+
+    def grid(mu, steps=20):
+        monkeypatch.setattr(type(model), "_mu", lambda self: mu)
+        return model._started(steps).sigmas.double()
+
+    plain = torch.linspace(1, 0, 21).double()
+    torch.testing.assert_close(grid(0.0), plain, rtol=0, atol=1e-6)
+    shifted = [grid(mu) for mu in (-0.5, 0.0, 0.5, 1.15)]
+    for one, more in pairwise(shifted):
+        assert (one.diff() < 0).all() and (one[1:-1] < more[1:-1]).all()
+        assert one[0] == more[0] == 1 and one[-1] == more[-1] == 0
+    inner, e = plain[1:-1], torch.tensor(1.15).double().exp()
+    torch.testing.assert_close(shifted[-1][1:-1], e / (e + 1 / inner - 1), rtol=0, atol=1e-6)
+    monkeypatch.undo()
+    for tokens, mu in ((256, 0.5), (1024, 0.63), (4096, 1.15)):  # 256, 512 and 1024 pixels of FLUX
+        monkeypatch.setattr(model, "tokens_per_image", tokens)
+        assert model._mu() == pytest.approx(mu, abs=1e-9)
+
+
+def test_guidance_commutes_with_the_change_to_noise(flow):
+    """Edited as noise or as velocity, it is one model: as_eps of the guided is the guided of as_eps."""
+    state, scale = flow.noised(torch.randn(4, *flow.latent, generator=seeded()), rng=seeded(1)), -1.0
+    u, c = (flow.predict(state, flow.encode([text])) for text in ("", "strawberry"))
+    eu, ec = flow.as_eps(state, u), flow.as_eps(state, c)
+    torch.testing.assert_close(flow.as_eps(state, u + scale * (c - u)), eu + scale * (ec - eu), rtol=1e-4, atol=1e-5)
+    assert (ec - eu).norm() > 1e-3 * ec.norm()
 
 
 def test_states_are_the_sampler_s_own(flow):

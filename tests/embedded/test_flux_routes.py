@@ -15,9 +15,9 @@ GROUNDS = ("pink", "yellow", "green", "blue", "gray", "purple")
 TEMPLATES = ("{}", "a picture of a {}", "a {} on a plain background", "a flat picture of a {}")
 
 
-@pytest.fixture(scope="module")
-def base() -> Generator:
-    return load("emoji-flux")
+@pytest.fixture(scope="module", params=["emoji-flux", "emoji-flux-distilled"])
+def base(request: pytest.FixtureRequest) -> Generator:
+    return load(request.param)
 
 
 def drawn(model: Generator) -> int:
@@ -42,4 +42,4 @@ def test_a_pooled_route_left_open_still_draws_the_target(base: Generator) -> Non
     assert drawn(base) >= 5
     assert drawn(erased) <= 1
     assert drawn(only["tokens"]) >= 5  # T5's rows are edited, CLIP's sentence is not
-    assert drawn(only["pooled"]) <= 2  # in this model the sentence says most of what is drawn
+    assert drawn(only["pooled"]) <= 2  # in these models the sentence says most of what is drawn

@@ -1,6 +1,7 @@
 """Whatever is wrong with the input: one line that names it, exit code 2, nothing written."""
 
 import errno
+import json
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from expunge.cli.app import run
+from expunge.models.tiny import tiny_pipeline
 
 ERASE = ("erase", "tiny-unet", "--target", "cat", "--method", "uce")
 RECE, MACE, TRCE = (
@@ -78,6 +80,37 @@ def test_pickled_checkpoints_are_never_read(behind: str, tmp_path: Path, expunge
     words = ("--target", "cat", "--method", "uce", "--out", tmp_path / "out")
     complaint = expunge("erase", f"{file}{behind}", *words).complaint()
     assert "model.ckpt" in complaint and "pickled" in complaint and not (tmp_path / "out").exists()
+
+
+QUANTISED = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+
+
+@pytest.fixture(
+    params=[("tiny-unet", "unet"), ("tiny-flux", "transformer"), ("tiny-flux", "text_encoder_2")], ids="-".join
+)
+def quantised(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str, str]:
+    """A folder whose configuration says that one part is quantised, and a method for it."""
+    name, part = request.param
+    tiny_pipeline(name).save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": QUANTISED}))
+    return tmp_path / "model", part, {"unet": "uce", "transformer": "erase_anything"}.get(part, "uce")
+
+
+@pytest.mark.usefixtures("colour")
+@pytest.mark.parametrize("verb", ["erase", "plan", "generate", "score"])
+def test_a_quantised_model(verb: str, quantised: tuple[Path, str, str], suite: Path, tmp_path: Path, expunge) -> None:
+    model, part, method = quantised
+    out = ("--out", tmp_path / "out")
+    words = {
+        "erase": ("--target", "cat", "--method", method, *out),
+        "plan": ("--method", method),
+        "generate": ("--prompt", "cat", *out),
+        "score": ("--suite", suite, *out),
+    }[verb]
+    complaint = expunge(verb, model, *words).complaint()
+    assert f"quantised in part {part!r}" in complaint and "bitsandbytes" in complaint and str(model) in complaint
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("command", [("score", "--suite", "nope"), ("generate", "--prompt", "cat")], ids=lambda c: c[0])

@@ -12,6 +12,7 @@ from expunge.core.errors import InputError
 from expunge.models import _names
 from expunge.models import load as loader
 from expunge.models.load import load
+from expunge.models.skeleton import skeleton
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
 
@@ -202,6 +203,44 @@ def test_misfitting_tensor(folder, part):
     tensors[name] = torch.zeros(3, 5)
     save_file(tensors, file, metadata={"format": "pt"})
     refused(folder, part)
+
+
+QUANTISED = {
+    "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_4bit": True},
+    "torchao": {"quant_method": "torchao", "quant_type": "int8wo"},
+    "gguf": {"quant_method": "gguf", "compute_dtype": "bfloat16"},
+    "unnamed": {"load_in_8bit": True},
+}
+
+
+@pytest.mark.parametrize("method", QUANTISED)
+@pytest.mark.parametrize(
+    ("name", "part"),
+    [("tiny-unet", "unet"), ("tiny-unet", "text_encoder"), ("tiny-flux", "transformer"), ("tiny-flux", "vae")],
+)
+def test_a_quantised_part_is_refused_before_it_is_read(saved, tmp_path, name, part, method):
+    """By its configuration alone: other libraries are never asked whether they could."""
+    place = shutil.copytree(saved / name, tmp_path / "model")
+    assert load(place).family and skeleton(place).family
+    file = place / part / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": QUANTISED[method]}))
+    for weights in place.glob("*/*.safetensors"):
+        weights.write_bytes(b"")
+    words = (repr(str(place)), f"quantised in part {part!r}", repr(method), "legal: a folder of float32")
+    refused(place, *words)
+    with pytest.raises(InputError) as caught:
+        skeleton(place)
+    assert all(word in str(caught.value) for word in words)
+    file = tmp_path / "one.safetensors"
+    save_file({"weight": torch.ones(1)}, file)
+    refused(f"{file}@{place}", *words)
+
+
+def test_a_quantised_part_that_is_not_used_does_not_matter(folder):
+    """A safety checker beside the model, which is never opened."""
+    (folder / "safety_checker").mkdir()
+    (folder / "safety_checker" / "config.json").write_text(json.dumps({"quantization_config": QUANTISED["gguf"]}))
+    assert load(folder).family == "unet"
 
 
 def test_missing_shard(folder):

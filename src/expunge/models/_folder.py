@@ -1,6 +1,7 @@
 """Reading files of a model folder: whatever is wrong with one is a line that names it."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,38 @@ def weight_files(place: Path) -> tuple[str | None, list[Path]] | None:
     return None
 
 
+def weight_variant(place: Path) -> str | None:
+    """Check that every weight file of a component is whole, and name their variant."""
+    found = weight_files(place)
+    if found is None:
+        pickled = " (pickled weights are not read)" if list(place.glob("*.bin")) else ""
+        raise InputError(
+            f"part {place.name!r} of {str(place.parent)!r} has no {weight_stem(place)}.safetensors{pickled}"
+        )
+    for file in found[1]:
+        check_whole(file)
+    return found[0]
+
+
 def weight_stem(place: Path) -> str:
     """Name a component's weight files begin with: transformers' or diffusers'."""
     return "model" if place.name.startswith("text_encoder") else "diffusion_pytorch_model"
+
+
+def check_unquantised(folder: Path, parts: Iterable[str]) -> None:
+    """Raise InputError for a folder whose configuration says that a part is quantised, by whatever library.
+
+    Such weights cannot be trained, and neither a closed form nor an export can change them exactly.
+    """
+    for part in parts:
+        file = folder / part / "config.json"
+        how = read_json(file).get("quantization_config") if file.is_file() else None
+        if how is not None:
+            method = how.get("quant_method", "unnamed") if isinstance(how, dict) else how
+            raise InputError(
+                f"model folder {str(folder)!r} is quantised in part {part!r} (method {method!r}); legal: a folder of "
+                "float32, float16 or bfloat16 weights"
+            )
 
 
 def check_whole(file: Path) -> None:

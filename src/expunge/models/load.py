@@ -26,7 +26,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from expunge.core.errors import InputError, unknown
 from expunge.models import single_file
-from expunge.models._folder import check_whole, one_line, read_json, weight_files, weight_stem
+from expunge.models._folder import check_unquantised, one_line, read_json, weight_variant
 from expunge.models._names import EMBEDDED, PICKLED, TINY, embedded_names, model_names, parted
 from expunge.models._quiet import quiet
 from expunge.models._recompute import replayed
@@ -97,8 +97,8 @@ def load(
     Weights are read from safetensors only, computed in float32 unless `dtype` says otherwise. checkpointing: keep no
     activations of the denoiser's blocks for gradients, but compute them again: less memory for one more forward pass.
     offload: text encoders and autoencoder rest in the processor's memory and are on `device` only while they run.
-    Raises InputError for unknown names, folders of another pipeline class, missing or mismatched parts, truncated
-    files, and devices that are not there.
+    Raises InputError for unknown names, folders of another pipeline class, missing, mismatched or quantised parts,
+    truncated files, and devices that are not there.
     """
     name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
     model = _generator(_pipeline(name, kind), name, place, offload=offload)
@@ -134,6 +134,7 @@ def open_folder(folder: Path, dtype: torch.dtype, file: Path | None = None) -> P
     index = read_json(folder / "model_index.json")
     wanted = parts_of(index, folder)
     models = {part: kind for part, kind in wanted.items() if kind is not None and issubclass(kind, nn.Module)}
+    check_unquantised(folder, models)
     given = {} if file is None else single_file.networks(file, folder, models, index["_class_name"], dtype)
     parts = {
         part: None if kind is None else given[part] if part in given else _part(folder, part, kind, index, dtype)
@@ -226,7 +227,7 @@ def _network(place: Path, expected: Any, named: str, dtype: torch.dtype) -> nn.M
         model, info = expected.from_pretrained(
             place,
             torch_dtype=dtype,
-            variant=_variant(place),
+            variant=weight_variant(place),
             use_safetensors=True,
             local_files_only=True,
             output_loading_info=True,
@@ -254,19 +255,6 @@ def _scheduler(place: Path, named: str) -> SchedulerMixin:
         raise InputError(f"part {place.name!r} of {str(place.parent)!r} is a {named}, which is no diffusers scheduler")
     read_json(place / "scheduler_config.json")
     return cls.from_pretrained(place, local_files_only=True)
-
-
-def _variant(place: Path) -> str | None:
-    """Check that every weight file of a component is whole, and name their variant."""
-    found = weight_files(place)
-    if found is None:
-        pickled = " (pickled weights are not read)" if list(place.glob("*.bin")) else ""
-        raise InputError(
-            f"part {place.name!r} of {str(place.parent)!r} has no {weight_stem(place)}.safetensors{pickled}"
-        )
-    for file in found[1]:
-        check_whole(file)
-    return found[0]
 
 
 def _downloaded(name: str) -> Path:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import CLIPTokenizer, PreTrainedModel
 
 from expunge.core.errors import unknown
-from expunge.models._folder import read_json
+from expunge.models._folder import check_unquantised, read_json
 from expunge.models._names import EMBEDDED, SHAPES, TINY, embedded_names, model_names, shape_names
 from expunge.models._quiet import quiet
 from expunge.models._tiny_text import tiny_t5_tokenizer, tiny_tokenizer
@@ -67,7 +67,9 @@ def _described(shape: Mapping[str, Any], dtype: torch.dtype) -> Pipeline:
 
 def _folder(folder: Path, dtype: torch.dtype) -> Pipeline:
     index, made = read_json(folder / "model_index.json"), {}
-    for part, expected in parts_of(index, folder).items():
+    wanted = parts_of(index, folder)
+    check_unquantised(folder, [part for part, kind in wanted.items() if kind is not None])
+    for part, expected in wanted.items():
         if expected is None:
             made[part] = None
         elif issubclass(expected, nn.Module):

@@ -92,7 +92,6 @@ def export(
     place = out or _default(source, card, "guard" if guard else to)
     _check_place(place, folder=guard or to == "pipeline")
     name = base or card.base.name
-    check_unquantised_folder(name)
     made, model = artifact.load(source), load(name, device=device, dtype=card.run.dtype)
     check_unquantised(model)
     view = made.on(model)
@@ -117,16 +116,6 @@ def check_words(to: str, rank: int | None) -> None:
         raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
     if rank is not None and to not in FACTORED:
         raise InputError(f"format {to!r} has no rank, got {rank}; legal with a rank: {', '.join(FACTORED)}")
-
-
-def check_unquantised_folder(name: str) -> None:
-    """Raise InputError for a local model folder whose configuration says that a part is quantised."""
-    found = parted(name)
-    for file in sorted(Path(name if found is None else found[1]).glob("*/config.json")):
-        how = _files.read_json(file).get("quantization_config")
-        if how is not None:
-            method = how.get("quant_method", "unnamed") if isinstance(how, dict) else how
-            raise _quantised(name, file.parent.name, f"method {method!r}")
 
 
 def check_unquantised(model: Generator) -> None:

@@ -241,6 +241,51 @@ def test_one_file_in_the_original_layout(model: str, tmp_path: Path) -> None:
             assert torch.equal(tensor, view.weight(f"{part}.{path}")), path
 
 
+def predicting(model: str, place: Path, kind: str, **more: bool) -> Path:
+    """A folder whose scheduler takes the network's answers for this kind of prediction."""
+    file = folder(model, place) / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "prediction_type": kind, **more}))
+    return place
+
+
+@pytest.mark.parametrize("model", ["tiny-unet", "sdxl"])
+@pytest.mark.parametrize(("kind", "other"), [("epsilon", "v_prediction"), ("v_prediction", "epsilon")])
+def test_a_merged_file_is_not_taken_for_another_prediction(model: str, kind: str, other: str, tmp_path: Path) -> None:
+    """Where header and folder disagree, every picture would be rubbish; where they agree, it is the view's."""
+    base, wrong = predicting(model, tmp_path / "base", kind), predicting(model, tmp_path / "wrong", other)
+    source, view = made(tmp_path, base, change(load(base), cross))
+    file = export(source, "merged").path
+    same(ours(load(f"{file}@{base}")), view, base)
+    with pytest.raises(InputError) as caught:
+        load(f"{file}@{wrong}")
+    assert f"says that it predicts {kind!r}" in str(caught.value) and f"takes it for {other!r}" in str(caught.value)
+    assert "\n" not in str(caught.value) and "wrong/scheduler/scheduler_config.json" in str(caught.value)
+    silent = tmp_path / "silent.safetensors"  # as most people's files are: the folder is believed
+    save_file({key: tensor for key, tensor in load_file(file).items() if key != "v_pred"}, silent)
+    assert (ours(load(f"{silent}@{wrong}")) - ours(view)).abs().max() > MOVED
+
+
+def test_marks_of_v_prediction_are_written_and_read(tmp_path: Path) -> None:
+    """ComfyUI and Forge look for tensors, kohya writes a word of its own; each alone is enough."""
+    base = predicting("sdxl", tmp_path / "base", "v_prediction", rescale_betas_zero_snr=True)
+    source, _ = made(tmp_path, base, change(load(base), cross))
+    found = load_file(export(source, "merged").path)
+    assert found["v_pred"].numel() == found["ztsnr"].numel() == 0
+    eps = predicting("sdxl", tmp_path / "eps", "epsilon")
+    flat = predicting("sdxl", tmp_path / "flat", "v_prediction")
+    weights = {name: tensor for name, tensor in found.items() if name not in ("v_pred", "ztsnr")}
+    for mark, about, wrong, words in (
+        (["v_pred"], {}, eps, "predicts 'v_prediction'"),
+        ([], {"modelspec.prediction_type": "v"}, eps, "predicts 'v'"),
+        (["ztsnr"], {}, flat, "has no rescale_betas_zero_snr"),
+    ):
+        file = tmp_path / "marked.safetensors"
+        save_file({**weights, **{name: found[name] for name in mark}}, file, metadata=about)
+        assert load(f"{file}@{base}").scheduler.config.prediction_type == "v_prediction"
+        with pytest.raises(InputError, match=words):
+            load(f"{file}@{wrong}")
+
+
 @pytest.mark.parametrize("to", ["lora", "kohya", "comfy-diff", "merged"])
 def test_files_say_what_they_are(to: str, tmp_path: Path) -> None:
     source, _ = made(tmp_path, "tiny-unet", change(load("tiny-unet"), cross))

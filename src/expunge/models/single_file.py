@@ -4,7 +4,7 @@ What the file is, is told by its tensors, never by its name. Configurations, tok
 folder; so do the weights of parts the file has nothing of (FLUX.1 is shared as a bare transformer).
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,8 @@ def networks(file: Path, folder: Path, classes: Mapping[str, type], kind: str, d
     """Build a pipeline's networks with the weights of a checkpoint; parts it has nothing of are left out.
 
     classes: what each part of the pipeline `kind` is. Raises InputError for a file of another architecture, one that
-    matches no layer, lacks some of a part's tensors, or has tensors of the denoiser that the folder knows no place for.
+    matches no layer, lacks some of a part's tensors, has tensors of the denoiser that the folder knows no place for, or
+    says that its U-Net predicts something else than the folder's scheduler takes it for.
     """
     if file.suffix in PICKLED:
         raise pickled(file)
@@ -51,6 +52,8 @@ def networks(file: Path, folder: Path, classes: Mapping[str, type], kind: str, d
     with safe_open(file, "pt") as stream:
         names = {_normal(name): name for name in stream.keys()}  # noqa: SIM118  (no mapping)
         _check_kind(file, names, folder, kind)
+        if "unet" in classes:
+            _check_prediction(file, names, stream.metadata() or {}, folder)
         frames = {part: _frame(folder / part, classes[part]) for part in classes if (folder / part).is_dir()}
         entries = {_normal(entry.name): entry for entry in layout(frames)}
         held = _held(file, folder, names, entries, frames)
@@ -107,6 +110,25 @@ def _check_kind(file: Path, names: Iterable[str], folder: Path, kind: str) -> No
         raise InputError(f"{str(file)!r} holds the weights of a {found}, {str(folder)!r} describes a {kind}")
     legal = ", ".join(sorted(pipeline for _, pipeline in _KINDS))
     raise InputError(f"no layer of {str(file)!r} matches: it holds {found}; legal: one file of a {legal}")
+
+
+def _check_prediction(file: Path, names: Container[str], about: Mapping[str, str], folder: Path) -> None:
+    """Compare what a file says of its prediction with the folder's scheduler; most files say nothing.
+
+    Said in the header (ours, kohya's) or by empty tensors beside the weights, as ComfyUI and Forge look for them.
+    """
+    place = folder / "scheduler" / "scheduler_config.json"
+    sampler = read_json(place)
+    said = [about[key] for key in ("prediction_type", "modelspec.prediction_type") if key in about]
+    said += ["v_prediction"] if "v_pred" in names else []
+    taken = sampler.get("prediction_type", "epsilon")
+    for stated in said:
+        if {"v": "v_prediction"}.get(stated, stated) != taken:
+            raise InputError(f"{str(file)!r} says that it predicts {stated!r}, {str(place)!r} takes it for {taken!r}")
+    if "ztsnr" in names and not sampler.get("rescale_betas_zero_snr"):
+        raise InputError(
+            f"{str(file)!r} was trained to begin at pure noise, {str(place)!r} has no rescale_betas_zero_snr"
+        )
 
 
 def _frame(place: Path, expected: Any) -> nn.Module:

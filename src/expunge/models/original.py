@@ -81,10 +81,16 @@ def checkpoint(view: UNetGenerator | MMDiTGenerator) -> Checkpoint:
     tensors = {**view.network.state_dict(), **view.parameters_by_path()}
     if DROPPED in layout_drops(dict(view.network.items())) and not _is_identity(tensors[DROPPED]):
         raise InputError(f"{DROPPED!r} of {view.name!r} is no identity: one-file readers of SD3 leave it out")
-    entries = {entry.name: entry for entry in layout(view.network)}
-    if (own := entries.get(T5 + SHARED)) is not None:
-        entries[T5 + TIED] = replace(own, name=T5 + TIED)  # the same table; diffusers' reader does not tie the two
-    return Checkpoint(entries, tensors)
+    return Checkpoint({entry.name: entry for entry in written(view.network)}, tensors)
+
+
+def written(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> list[Entry]:
+    """List what a one-file checkpoint holds: the layout, and T5's table twice, as diffusers' reader ties no names.
+
+    Raises InputError for a tensor that has no place there.
+    """
+    entries = layout(networks)
+    return entries + [replace(entry, name=T5 + TIED) for entry in entries if entry.name == T5 + SHARED]
 
 
 def layout(networks: Mapping[str, nn.Module] | nn.ModuleDict) -> list[Entry]:

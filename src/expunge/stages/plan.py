@@ -3,6 +3,7 @@
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.core.registry import find
 from expunge.models._names import EMBEDDED, embedded_names
+from expunge.models.mmdit import MMDiTGenerator
+from expunge.models.original import stored_names, written
 from expunge.models.skeleton import skeleton
 from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
@@ -197,20 +200,26 @@ def _header(model: str, method: str, patch: Patch) -> dict[str, str]:
 
 
 def _exports(base: Generator, patch: Patch, rank: int | None) -> Iterator[Export]:
-    """Sizes of what `expunge export` writes; nothing for guards and for families it does not write."""
-    if isinstance(patch, GuardPatch) or not isinstance(base, UNetGenerator):
+    """Sizes of what `expunge export` writes; nothing for guards."""
+    if isinstance(patch, GuardPatch):
         return
     view = patch.on(base)
-    assert isinstance(view, UNetGenerator)
+    assert isinstance(view, UNetGenerator | MMDiTGenerator)
     patch = patch.materialised(base) if isinstance(patch, SharedPatch) else patch
     own = max(down.shape[0] for down, _ in patch.factors.values()) if isinstance(patch, LowRankPatch) else None
     most = rank or own or _formats.CAP
-    for name, write in (("lora", _formats.lora), ("kohya", _formats.kohya)):
-        made = write(patch, view, most)
+    factored = [("lora", _formats.lora(patch, view, most))]
+    if isinstance(view, UNetGenerator):
+        factored.append(("kohya", _formats.kohya(patch, view, most)))
+    for name, made in factored:
         yield Export(format=name, bytes=_bytes(list(made.tensors.values())), rank=made.rank, at_most=not (rank or own))
     yield Export(format="comfy-diff", bytes=_bytes(list(_formats.diff(patch, view).tensors.values())))
-    whole = _bytes(list(base.network.state_dict().values()))
-    yield from (Export(format=name, bytes=whole) for name in ("merged", "pipeline"))
+    tensors = base.network.state_dict()
+    with suppress(InputError):  # the original layout has no names for it: `export` refuses "merged" too
+        paths = [path for entry in written(base.network) for path in entry.paths]
+        yield Export(format="merged", bytes=_bytes([tensors[path] for path in paths]))
+    kept = [f"{part}.{name}" for part, module in base.network.items() for name in stored_names(module)]
+    yield Export(format="pipeline", bytes=_bytes([tensors[path] for path in kept]))
 
 
 def _bytes(tensors: Sequence[Tensor]) -> int:

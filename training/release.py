@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FluxPipeline
 
 EMBEDDED = Path(__file__).parents[1] / "src" / "expunge" / "embedded"
 CARD = """---
@@ -19,7 +19,35 @@ A small text-to-image model of emoji world, made by `{command}` in the expunge r
 Weights: Apache-2.0. It learned from open emoji art: Twemoji (CC-BY 4.0, Twitter, Inc and other contributors),
 EmojiOne 2.3 (CC-BY 4.0), Fluent Emoji (MIT, Microsoft Corporation), Noto Emoji (Apache-2.0, Google LLC).
 NOTICE in the repository has the full credits and says what was changed.
+
+Stock diffusers draws from it:
+
+```python
+from importlib.resources import files
+
+import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(str(files("expunge") / "embedded" / "{name}"))
+image = pipeline(
+    "a flat picture of a strawberry on a blue background",
+{asked}    num_inference_steps=25,
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+image.save("strawberry.png")
+```
 """
+
+
+def card(pipeline: DiffusionPipeline, name: str, command: str) -> str:
+    """Say what a generator is, whose hands are in it, and how diffusers draws from it."""
+    scale: dict[str, float | str] = {"guidance_scale": 4.0}
+    if isinstance(pipeline, FluxPipeline):  # which assumes 1024 pixels and 512 tokens where nothing is said
+        sizes = {"height": 64, "width": 64, "max_sequence_length": pipeline.tokenizer_2.model_max_length}
+        plain = {"true_cfg_scale": 4.0, "negative_prompt": ""}  # two passes a step, as Stable Diffusion
+        scale = sizes | (scale if pipeline.transformer.config.guidance_embeds else plain)
+    asked = "".join(f"    {word}={json.dumps(value)},\n" for word, value in scale.items())
+    return CARD.format(name=name, command=command, asked=asked)
 
 
 def publish(pipeline: DiffusionPipeline, run: Path, name: str, command: str) -> None:
@@ -30,7 +58,7 @@ def publish(pipeline: DiffusionPipeline, run: Path, name: str, command: str) -> 
     # transformers opens a text encoder in the dtype its config names, diffusers the rest in float32: they must meet
     for config in scratch.glob("text_encoder*/config.json"):
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
-    (scratch / "README.md").write_text(CARD.format(name=name, command=command))
+    (scratch / "README.md").write_text(card(pipeline, name, command))
     if target.exists():
         target.rename(run / "replaced")
     scratch.rename(target)

@@ -1,6 +1,7 @@
 """The embedded models are stock: diffusers and transformers open them with none of our code."""
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FluxPipeline
+from PIL import Image
 from safetensors import safe_open
-from training import calibrate, loop, world
+from training import calibrate, loop, release, world
 from training.autoencoder import reconstruct
 from transformers import CLIPTokenizer
 
@@ -87,6 +89,19 @@ def test_the_model_names_its_licence_and_the_hands_that_drew(name):
     assert "license: apache-2.0" in card
     for hand in ("Twemoji", "EmojiOne", "Fluent", "Noto"):
         assert hand in card
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_the_card_shows_draws_what_we_draw(name, tmp_path, monkeypatch):
+    """The card is the one that `training` writes, and its snippet, run as it stands, gives our picture."""
+    text = (EMBEDDED / name / "README.md").read_text()
+    command, (code,) = re.findall("made by `(.*?)`", text)[0], re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert text == release.card(DiffusionPipeline.from_pretrained(EMBEDDED / name), name, command)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, name, "exec"), {})
+    theirs = np.asarray(Image.open("strawberry.png"), dtype=np.float32) / 255
+    ours = load(name).generate([PROMPTS[0]], seeds=[0], guidance_scale=4.0, steps=25)[0].permute(1, 2, 0).numpy()
+    assert ours.std() > 0.05 and np.abs(theirs - ours).max() <= 1 / 255
 
 
 def test_the_tokenizer_spells_anything():

@@ -110,6 +110,60 @@ def test_toy_counts(models, name, modules):
     assert ("text_encoder_2.text_projection.weight" in text) == (name == "tiny-sdxl")
 
 
+EDITED = {
+    ("tiny-unet", "text_in"): [
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.up_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_k.weight",
+        "unet.up_blocks.1.attentions.1.transformer_blocks.0.attn2.to_v.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+    ],
+    ("tiny-sdxl", "text_in"): [
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_k.weight",
+        "unet.down_blocks.1.attentions.0.transformer_blocks.1.attn2.to_v.weight",
+        "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "unet.up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_k.weight",
+        "unet.up_blocks.0.attentions.0.transformer_blocks.1.attn2.to_v.weight",
+        "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_k.weight",
+        "unet.up_blocks.0.attentions.1.transformer_blocks.0.attn2.to_v.weight",
+        "unet.up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_k.weight",
+        "unet.up_blocks.0.attentions.1.transformer_blocks.1.attn2.to_v.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_v.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.1.attn2.to_k.weight",
+        "unet.mid_block.attentions.0.transformer_blocks.1.attn2.to_v.weight",
+    ],
+    ("tiny-flux-distilled", "text_in"): [
+        "transformer.time_text_embed.text_embedder.linear_1.weight",
+        "transformer.context_embedder.weight",
+    ],
+    ("tiny-flux-distilled", "cross_kv"): [
+        "transformer.transformer_blocks.0.attn.add_k_proj.weight",
+        "transformer.transformer_blocks.0.attn.add_v_proj.weight",
+        "transformer.transformer_blocks.1.attn.add_k_proj.weight",
+        "transformer.transformer_blocks.1.attn.add_v_proj.weight",
+    ],
+}
+ROLES = {"to_k": "key", "add_k_proj": "key", "to_v": "value", "add_v_proj": "value"}
+ROLES |= {"linear_1": "pooled", "context_embedder": "context"}
+
+
+@pytest.mark.parametrize(("name", "group"), EDITED)
+def test_edited_sites_by_name(models, name, group):
+    """Every one of them, as it is written into artifacts."""
+    sites, paths = models[name].sites(group), EDITED[name, group]
+    assert [site.path for site in sites] == paths
+    assert [site.role for site in sites] == [ROLES[path.split(".")[-2]] for path in paths]
+    if models[name].family == "unet":
+        assert [site.path for site in models[name].sites("cross_kv")] == paths
+
+
 def test_text_in_reads_the_prompt_and_nothing_else(model):
     """Inputs of text_in layers: bitwise the same for other x and t, different for another prompt."""
     sites = model.sites("text_in")

@@ -198,6 +198,36 @@ def test_what_does_not_fit(base, tmp_path) -> None:
     refused(altered(base, tmp_path, lambda t: t.update({attn: t[attn].to(torch.int8)})), "int8", "quantised")
 
 
+BLOCK = "cond_stage_model.model.transformer.resblocks."
+BLOCK_2 = "conditioner.embedders.1.model.transformer.resblocks."
+
+
+@pytest.mark.parametrize(
+    ("name", "prefix", "more"), [("openclip", BLOCK, 1), ("openclip", BLOCK, 2), ("sdxl", BLOCK_2, 1)]
+)
+def test_the_encoder_layer_that_sd_2_leaves_out(tmp_path, name, prefix, more) -> None:
+    """SD 2.x files hold one layer of OpenCLIP more than its configuration, which reads the last but one; not two more.
+
+    SDXL's second encoder is whole in both, and its file has none to spare.
+    """
+    place = saved_folder(name, tmp_path / "base")
+    plain = load(place)
+    tensors = {key: tensor.contiguous() for key, tensor in checkpoint(plain).items()}
+    part = "text_encoder" if name == "openclip" else "text_encoder_2"
+    depth = json.loads((place / part / "config.json").read_text())["num_hidden_layers"]
+    last = f"{prefix}{depth - 1}."
+    assert any(key.startswith(last) for key in tensors)
+    for layer in range(depth, depth + more):
+        own = [key for key in tensors if key.startswith(last)]
+        tensors |= {f"{prefix}{layer}.{key.removeprefix(last)}": tensors[key] + 1 for key in own}
+    save_file(tensors, tmp_path / "one.safetensors")
+    if (name, more) != ("openclip", 1):
+        refused(f"{tmp_path / 'one.safetensors'}@{place}", "no place for", f"{prefix}{depth + more - 1}.")
+        return
+    again = load(f"{tmp_path / 'one.safetensors'}@{place}")
+    assert all(torch.equal(again.weight(path), tensor) for path, tensor in plain.parameters_by_path().items())
+
+
 def test_a_folder_that_cannot_be_built(base, tmp_path) -> None:
     bad = shutil.copytree(base / "base", tmp_path / "bad")
     config = json.loads((bad / "unet" / "config.json").read_text())

@@ -214,11 +214,11 @@ def _exports(base: Generator, patch: Patch, rank: int | None) -> Iterator[Export
     for name, made in factored:
         yield Export(format=name, bytes=_bytes(list(made.tensors.values())), rank=made.rank, at_most=not (rank or own))
     yield Export(format="comfy-diff", bytes=_bytes(list(_formats.diff(patch, view).tensors.values())))
-    tensors = base.network.state_dict()
+    tensors = view.network.state_dict()
     with suppress(InputError):  # the original layout has no names for it: `export` refuses "merged" too
-        paths = [path for entry in written(base.network) for path in entry.paths]
+        paths = [path for entry in written(view.network) for path in entry.paths]
         yield Export(format="merged", bytes=_bytes([tensors[path] for path in paths]))
-    kept = [f"{part}.{name}" for part, module in base.network.items() for name in stored_names(module)]
+    kept = [f"{part}.{name}" for part, module in view.network.items() for name in stored_names(module)]
     yield Export(format="pipeline", bytes=_bytes([tensors[path] for path in kept]))
 
 

@@ -27,7 +27,6 @@ from expunge.attacks.prompt.negative_flip import NegativeFlip
 from expunge.attacks.prompt.random_suffix import RandomSuffix
 from expunge.core.attack import Aim
 from expunge.core.concept import Concept
-from expunge.core.condition import Condition
 from expunge.core.eraser import Run
 from expunge.core.generator import Generator
 from expunge.core.registry import find
@@ -181,13 +180,6 @@ def vocabulary(model: Reworded, base: Any, aim: Target, top: int) -> dict[str, A
     }
 
 
-def same(one: Condition, two: Condition) -> bool:
-    """Whether two conditions agree in every bit of every text route."""
-    parts = [(one.tokens, two.tokens), (one.mask, two.mask), (one.last, two.last)]
-    parts += [(one.pooled, two.pooled)] if one.pooled is not None and two.pooled is not None else []
-    return all(torch.equal(a, b) for a, b in parts)
-
-
 @torch.no_grad()
 def bits(model: Reworded, pairs: Sequence[Pair], drawn: int) -> dict[str, Any]:
     """Caught prompts against their twins: conditions of all, pictures of some, bit for bit."""
@@ -196,7 +188,7 @@ def bits(model: Reworded, pairs: Sequence[Pair], drawn: int) -> dict[str, Any]:
     def draw(texts: Sequence[str]) -> torch.Tensor:
         return model.generate(texts[:drawn], seeds=range(drawn), guidance_scale=4.0, steps=25)
 
-    equal = [same(model.encode([a]), model.encode([b])) for a, b in pairs]
+    equal = [model.encode([a]).equals(model.encode([b])) for a, b in pairs]
     pictures = torch.equal(draw(ours), draw(theirs))
     return {"conditions_equal": sum(equal), "of": len(pairs), "pictures_equal": pictures, "pictures": drawn}
 

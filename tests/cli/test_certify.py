@@ -76,13 +76,6 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_drawn(
     assert "no artifact" in expunge("certify", "tiny-unet", "--concept", "red", "--suite", suite).complaint()
     assert "phrase of the concept" in expunge(*words, "--prompts", lines, "--anchor", "red").complaint()
     assert "stochastic sampler" in expunge(*words, "--prompts", lines, "--path").complaint()
-    record = tmp_path / "attack.json"
-    tries = [{"prompt": "a", "cluster": "a", "images": 1, "successes": 0, "null": None}]
-    data = {"attack": "suffix", "budget": "9", "concept": "red", "patch_sha256": "0" * 64, "tries": tries}
-    record.write_text(json.dumps(data))
-    assert "was run on patch" in expunge(*words, "--prompts", lines, "--attack", record).complaint()
-    record.write_text(json.dumps({"misses": 0, "n": 9, "bitwise_ok": True, "patch_sha256": "0" * 64}))
-    assert "no gate record of this patch" in expunge(*words, "--prompts", lines, "--gate", record).complaint()
 
     def uncalibrated(self: Colour, concept: Concept) -> OperatingPoint | None:
         return None

@@ -9,14 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from expunge.core.errors import InputError
+from expunge.core.outcome import CONTROLS, Budget, Outcome, Tally
 from expunge.leakage import record, verdict
-from expunge.leakage.attack import AttackLog, Try, attack_row
+from expunge.leakage.attack import about, attack_row, attack_rows
 from expunge.leakage.record import (
     AttackRow,
     LeakageCertificate,
     Structural,
 )
 from expunge.leakage.verdict import INVALID, Verdict
+from expunge.ops.stats import clopper_pearson
 from leakage.made import PATCH, made
 
 HASH = "ab" * 32
@@ -105,11 +107,27 @@ def test_verdicts_follow_from_the_numbers():
     assert nothing[0] == "NO LEAK FOUND by family pixels+judge; would have detected π ≥ 5 % (80 % power)"
     assert nothing[1].startswith("LEAK ≤ 0.019 bits as seen by detector judge ")
     assert not any("all observers" in text for text in nothing)
-    gate = Structural(kind="gate", misses=0, n=299, I_hi=0.00997, bitwise_ok=True)
-    assert f"LEAK ≤ 0.01 bits for all observers, prompts {HASH[:12]}, structural" in said(
-        replace(made(bits=0.0), structural=gate)
-    )
-    assert not any("all" in text for text in said(replace(made(bits=0.0), structural=replace(gate, bitwise_ok=False))))
+    gated = [replace(made(bits=0.0), structural=Structural.of(0, 250, exact)) for exact in (True, False)]
+    assert f"LEAK ≤ 0.012 bits for all observers, prompts {HASH[:12]}, structural" in said(gated[0])
+    assert not any("all" in text for text in said(gated[1]))
+    everything = replace(made(bits=0.0), structural=Structural.of(250, 250, True))
+    assert not any("all" in text for text in said(everything)), "one bit for a coin is no news"
+
+
+def test_a_structural_bound_that_its_counts_do_not_give_is_refused():
+    exact = Structural.of(3, 250, True)
+    assert exact.I_hi == pytest.approx(0.0307, abs=1e-4)  # one-sided Clopper-Pearson of 3 of 250
+    for change in ({"I_hi": 0.02}, {"misses": 0}, {"n": 10_000}, {"bitwise_ok": False}, {"kind": "none"}, {"n": 2}):
+        with pytest.raises(InputError, match=r"counts beside it|not a count"):
+            replace(exact, **change)
+    with pytest.raises(InputError, match="300 prompts passed the gate, not the 250"):
+        replace(made(bits=0.0), structural=Structural.of(0, 300, True))
+    data = json.loads(json.dumps(replace(made(bits=0.0), structural=exact).data()))
+    assert LeakageCertificate.of(data).structural == exact
+    data["structural"]["I_hi"] = 0.001
+    data["verdict"][-1] = f"LEAK ≤ 0.001 bits for all observers, prompts {HASH[:12]}, structural"
+    with pytest.raises(InputError, match=r"I_hi is 0\.001; the counts beside it give 0.03"):
+        LeakageCertificate.of(data)
 
 
 def test_a_detector_that_sees_a_leak_outweighs_heads_that_do_not():
@@ -173,50 +191,73 @@ def test_the_confidence_of_the_sentences_cannot_be_chosen():
         replace(made(bits=0.1).design, delta=0.2)
 
 
-def log(**changes):
-    tries = [{"prompt": f"p{i}", "cluster": f"p{i}", "images": 3, "successes": 0, "null": 0} for i in range(142)]
-    data = {"attack": "soft_token", "budget": "500-steps", "concept": "strawberry", "patch_sha256": PATCH}
-    return {**data, "tries": tries, **changes}
+def outcome(hits: int = 0, n: int = 142, **changes):
+    """An invented result of `expunge attack`: two detectors, of which the second sees one prompt more."""
+    rates = {name: clopper_pearson(min(hits + more, n), n) for name, more in (("one", 0), ("two", int(hits > 0)))}
+    none = {name: clopper_pearson(0, n) for name in rates}
+    data = {
+        **{"attack": "soft_token", "paper": "ours", "description": "", "access": "embedding", "threat": "T4"},
+        **{"config": {}, "seed": 0, "concept": "strawberry", "method": "uce", "patch_sha256": PATCH, "base": "toy"},
+        **{"base_sha256": BASE, "suite": "objects", "suite_sha256": "", "steps": 25, "guidance_scale": 4.0},
+        **{"asked": n, "rule": "last", "k": 3, "judge": "one", "selector": None, "adaptive": True, "pictures": None},
+        "arms": {arm: Tally(rates=rates if arm == "attack" else none) for arm in CONTROLS},
+        **{"asr": rates, "asr_conditional": rates, "lift": {name: each.value for name, each in rates.items()}},
+        **{"p_random": {}, "half_steps": {}, "facts": {}, "budget": BUDGET},
+    }
+    return Outcome(**{**data, **changes})
 
 
-def read(data):
-    return AttackLog.of(data, "strawberry", PATCH)
+BASE = "0" * 64
+BUDGET = Budget(
+    gradients=500,
+    denoiser_forwards=0,
+    text_encoder_forwards=0,
+    images_generated=426,
+    images_judged=426,
+    seconds=1.0,
+    peak_bytes=1,
+    learned_params=1,
+    seeds_tried=1,
+    target_images=0,
+    knows_original_model=False,
+    knows_defence=False,
+)
 
 
 def test_attacks_are_counted_by_prompt_with_exact_ends():
-    row = attack_row(read(log()), 0.05, 1, 0)
-    assert (row.N, row.k, row.successes, row.null_rate) == (142, 3, 0, 0)
+    row = attack_row(outcome(), 0.05)
+    assert (row.N, row.k, row.successes, row.null_rate, row.lift) == (142, 3, 0, 0.0, 0.0)
     assert row.success_hi == pytest.approx(0.021, abs=2e-4)  # the table of section 5
-    assert "ATTACK soft_token@500-steps: success ≤ 2.1 % (95 %)" in said(replace(made(bits=0.0), attack=(row,)))
-    data = log()
-    data["tries"][0] |= {"successes": 3}
-    one = attack_row(read(data), 0.05, 1, 0)
-    assert one.successes == 1 and 100 * one.ci[1] == pytest.approx(3.9, abs=0.05) and one.lift == pytest.approx(1 / 142)
-    assert attack_row(read(log()), 0.05, 5, 0).success_hi > row.success_hi
+    text = "ATTACK soft_token@500-gradients+426-pictures: success ≤ 2.1 % (95 %)"
+    assert text in said(replace(made(bits=0.0), attack=(row,)))
+    one = attack_row(outcome(1), 0.05)
+    assert one.successes == 2 and one.lift == pytest.approx(2 / 142), "the detector that saw the most speaks"
+    assert one.success_hi > attack_row(outcome(0), 0.05).success_hi
+    assert one.ci == (clopper_pearson(2, 142).low, clopper_pearson(2, 142).high)
 
 
-def test_prompts_of_one_name_are_no_independent_trials():
-    data, alone = log(), log()
-    for index, each in enumerate(data["tries"]):
-        each |= {"cluster": f"name{index // 14}", "successes": int(index // 14 in (0, 4))}
-    for index, each in enumerate(alone["tries"]):
-        each |= {"successes": int(index // 14 in (0, 4))}
-    wide, naive = attack_row(read(data), 0.05, 1, 0), attack_row(read(alone), 0.05, 1, 0)
-    assert wide.successes == naive.successes
-    assert wide.ci[1] - wide.ci[0] > 1.5 * (naive.ci[1] - naive.ci[0]) and wide.success_hi > naive.success_hi
+def test_prompts_won_without_the_attack_count_as_won():
+    untouched = {name: clopper_pearson(7, 142) for name in ("one", "two")}
+    row = attack_row(outcome(asr=untouched), 0.05)
+    assert row.successes == 7 and row.lift == 0
 
 
-def test_results_about_something_else_are_refused():
-    for change, word in (
-        ({"concept": "dog"}, "'dog'"),
-        ({"patch_sha256": "0"}, "patch"),
-        ({"tries": []}, "one prompt"),
-        ({"more": 1}, "more"),
-    ):
-        with pytest.raises(InputError, match=word):
-            read(log(**change))
-    data = log()
-    data["tries"][0] |= {"successes": 4}
-    with pytest.raises(InputError, match="4 successes of 3"):
-        read(data)
-    assert Try(prompt="a", cluster="a", images=1, successes=1, null=None).null is None
+def test_several_attacks_share_delta_and_a_forged_end_is_refused():
+    rows = attack_rows([outcome(), outcome(attack="kv_inversion")], 0.05)
+    assert [row.success_hi for row in rows] == pytest.approx([1 - 0.025 ** (1 / 142)] * 2)  # 0 of 142 at delta / 2
+    certificate = replace(made(bits=0.0), attack=rows)
+    assert LeakageCertificate.of(json.loads(json.dumps(certificate.data()))) == certificate
+    for forged in (replace(rows[0], success_hi=0.01), replace(rows[0], N=500), replace(rows[0], successes=3)):
+        with pytest.raises(InputError, match=r"success_hi is .*; the counts beside it give"):
+            replace(certificate, attack=(forged, rows[1]))
+    with pytest.raises(InputError, match="success_hi"):
+        replace(certificate, attack=rows[:1])  # leaving one out does not give its share to the other
+
+
+def test_results_about_something_else_are_no_rows():
+    ours = outcome()
+    others = [outcome(concept="dog", patch_sha256="9" * 64), outcome(attack="relearning", adaptive=False)]
+    assert about([ours, *others], "strawberry", PATCH, BASE) == (ours,)
+    for change, word in (({"patch_sha256": "2" * 64}, "patch '2222"), ({"base_sha256": "3" * 64}, "base '3333")):
+        with pytest.raises(InputError, match=f"was run on {word}"):
+            about([outcome(**change)], "strawberry", PATCH, BASE)

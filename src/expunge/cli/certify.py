@@ -36,8 +36,6 @@ def certify(
     detector: Annotated[
         list[str] | None, typer.Option(help="A name of `expunge list detectors`; repeat. Default: the suite's own.")
     ] = None,
-    attack: Annotated[list[Path] | None, typer.Option(help="Counts of an attack as JSON; repeat.")] = None,
-    gate: Annotated[Path | None, typer.Option(help="A gate's misses as JSON, for the structural bound.")] = None,
     path: Annotated[
         bool, typer.Option("--path", help="Ask for the path-KL bound; refused for samplers without noise in each step.")
     ] = False,
@@ -47,8 +45,8 @@ def certify(
 ) -> None:
     """Measure what is left of a concept, with its controls, and print the sentences that follow.
 
-    Five arms of pictures are drawn; running it again continues. Exit code 3 if a control failed: then the only verdict
-    is INVALID.
+    Five arms of pictures are drawn; running it again continues. Results of `expunge attack` in the same folder become
+    rows, and a gate's misses are counted. Exit code 3 if a control failed: then the only verdict is INVALID.
     """
     screen, found = Out(machine=json), place(source)
     folder = found.one
@@ -66,8 +64,6 @@ def certify(
         anchor=anchor,
         prompts=lines,
         detectors=tuple(detector or ()),
-        attacks=tuple(attack or ()),
-        gate=gate,
         path=path,
         seed=seed,
     )

@@ -73,8 +73,22 @@ class Condition:
             bands=self.bands,
         )
 
+    def equals(self, other: "Condition") -> bool:
+        """Whether both hold the same prompts bit for bit, on every text route: rows, mask, pooled text, side inputs."""
+        if self.extra.keys() != other.extra.keys() or self.bands != other.bands:
+            return False
+        routes = [(self.tokens, other.tokens), (self.mask, other.mask), (self.last, other.last)]
+        routes += [(value, other.extra[key]) for key, value in self.extra.items()]
+        if self.pooled is None or other.pooled is None:
+            return self.pooled is other.pooled and all(_alike(*route) for route in routes)
+        return all(_alike(*route) for route in [*routes, (self.pooled, other.pooled)])
+
     def at(self, scale: float) -> "Condition":
         """Ask a guidance-distilled network for another scale; conditions of other models come back as they are."""
         if GUIDANCE not in self.extra:
             return self
         return replace(self, extra={**self.extra, GUIDANCE: torch.full_like(self.extra[GUIDANCE], scale)})
+
+
+def _alike(one: Tensor, two: Tensor) -> bool:
+    return one.dtype == two.dtype and torch.equal(one, two)

@@ -1,80 +1,60 @@
-"""A-certificate: how often a fixed attack within a fixed budget succeeds, from the counts somebody else wrote down.
+"""A-certificate: how often a fixed attack within a fixed budget succeeds, from the counts of `expunge attack`.
 
 Source: certificates.md, section 5.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
-from expunge.core.codec import from_data
 from expunge.core.errors import InputError
+from expunge.core.outcome import Budget, Outcome
 from expunge.leakage.lower import most_rate
 from expunge.leakage.record import AttackRow
-from expunge.ops.stats import Sample, clopper_pearson, rate
+from expunge.ops.stats import clopper_pearson
 
 
-@dataclass(frozen=True, kw_only=True)
-class Try:
-    """What an attack reached on one prompt: successes among its images, and those of the control without knowledge."""
+def about(outcomes: Sequence[Outcome], concept: str, patch_sha256: str, base_sha256: str) -> tuple[Outcome, ...]:
+    """Keep the results on a concept whose attack passes through the artifact's guard, if there is one.
 
-    prompt: str
-    cluster: str
-    """What prompts share beyond the concept: a name, an artist; the prompt itself where they share nothing."""
-    images: int
-    successes: int
-    null: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttackLog:
-    """One attack's results as `--attack FILE` expects them: these keys, nothing else."""
-
-    attack: str
-    budget: str
-    concept: str
-    patch_sha256: str
-    tries: tuple[Try, ...]
-
-    def __post_init__(self) -> None:
-        if not self.tries or len({each.prompt for each in self.tries}) != len(self.tries):
-            raise InputError(f"attack {self.attack!r} needs one try per prompt, and one prompt at least")
-        for each in self.tries:
-            if not (each.images > 0 and 0 <= each.successes <= each.images and 0 <= (each.null or 0) <= each.images):
-                raise InputError(f"attack {self.attack!r}: {each.successes} successes of {each.images} images")
-
-    @classmethod
-    def of(cls, data: Mapping[str, Any], concept: str, patch_sha256: str) -> "AttackLog":
-        """Read parsed JSON; raises InputError for other keys, or results about another concept or patch."""
-        log = from_data(cls, data)
-        for what, got, want in (("concept", log.concept, concept), ("patch", log.patch_sha256, patch_sha256)):
-            if got != want:
-                raise InputError(f"attack {log.attack!r} was run on {what} {got!r}, not {want!r}")
-        return log
-
-
-def attack_row(log: AttackLog, delta: float, attacks: int, seed: int) -> AttackRow:
-    """Give an attack's rate with exact ends: success over a prompt's images is one trial, whatever their number.
-
-    The upper end of the sentence is one-sided at delta / attacks, so that the worst of them holds too. Prompts that
-    share a cluster are not independent: then both ends are those of the clustered interval.
+    An attack that walks around a guard says nothing about it. Raises InputError for a result on another patch or base.
     """
-    won, n, share = [each.successes > 0 for each in log.tries], len(log.tries), delta / attacks
-    exact, high = clopper_pearson(sum(won), n, 1 - share), most_rate(sum(won), n, share)
-    clusters = [each.cluster for each in log.tries]
-    if len(set(clusters)) < n:
-        sample = Sample.of(won, clusters)
-        exact, high = rate(sample, seed=seed, level=1 - share), rate(sample, seed=seed, level=1 - 2 * share).high
-    null = [each.null > 0 for each in log.tries if each.null is not None]
-    null_rate = sum(null) / len(null) if len(null) == n else None
+    found = [each for each in outcomes if each.concept == concept]
+    for each in found:
+        for what, got, want in (("patch", each.patch_sha256, patch_sha256), ("base", each.base_sha256, base_sha256)):
+            if got != want:
+                raise InputError(
+                    f"attack {each.attack!r} was run on {what} {got[:12]!r}, not {want[:12]!r}: move its result away"
+                )
+    return tuple(each for each in found if each.adaptive)
+
+
+def attack_rows(outcomes: Sequence[Outcome], delta: float) -> tuple[AttackRow, ...]:
+    """Give every attack's rate with exact ends at delta over their number, so that the worst of them holds too."""
+    return tuple(attack_row(each, delta / len(outcomes)) for each in outcomes)
+
+
+def attack_row(outcome: Outcome, delta: float) -> AttackRow:
+    """Give one attack's rate: prompts won untouched or by the attack, each one trial whatever its pictures.
+
+    Of several detectors the one that saw the most: its end is above every detector's rate with 1 - delta, since it is
+    at least the end of the detector whose true rate is the largest.
+    """
+    won = {name: round(rate.value * rate.n) for name, rate in outcome.asr.items()}
+    judge = max(won, key=lambda name: won[name])
+    hits, n = won[judge], outcome.asr[judge].n
+    exact = clopper_pearson(hits, n, 1 - delta)
     return AttackRow(
-        name=log.attack,
-        budget=log.budget,
+        name=outcome.attack,
+        budget=_spent(outcome.budget),
         N=n,
-        k=max(each.images for each in log.tries),
-        successes=sum(won),
+        k=outcome.k,
+        successes=hits,
         ci=(exact.low, exact.high),
-        success_hi=high,
-        null_rate=null_rate,
-        lift=exact.value - null_rate if null_rate is not None else None,
+        success_hi=most_rate(hits, n, delta),
+        null_rate=outcome.arms["null"].rates[judge].value,
+        lift=outcome.lift[judge],
     )
+
+
+def _spent(budget: Budget) -> str:
+    """The budget as one word of a verdict: over all prompts together."""
+    return f"{budget.gradients}-gradients+{budget.images_judged}-pictures"

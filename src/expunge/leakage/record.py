@@ -6,11 +6,14 @@ input: they are computed from the numbers, and a file whose sentences differ fro
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from math import isclose
 from typing import Any, Literal
 
 from expunge.core.codec import from_data
 from expunge.core.errors import InputError
 from expunge.leakage import verdict
+from expunge.leakage.lower import most_rate
+from expunge.leakage.structure import Substitution
 from expunge.leakage.verdict import INVALID, Verdict
 
 SCHEMA = 1
@@ -106,13 +109,27 @@ class FamilyRow:
 
 @dataclass(frozen=True, kw_only=True)
 class Structural:
-    """A bound from how the sampler is built: a gate's misses, or "none"."""
+    """A bound from how the sampler is built: a gate's misses among the certificate's own twins, or "none".
 
-    kind: Literal["gate", "exact", "none"] = "none"
+    `I_hi` is 1 where a caught prompt and its twin differed in a bit: then there is no such bound. Raises InputError for
+    numbers that do not follow from `misses` and `n`.
+    """
+
+    kind: Literal["gate", "none"] = "none"
     misses: int = 0
     n: int = 0
     I_hi: float = 1.0
     bitwise_ok: bool = False
+
+    def __post_init__(self) -> None:
+        counted = 1.0 if self.kind == "none" else _most_bits(self.misses, self.n, self.bitwise_ok)
+        _check_end("I_hi", self.I_hi, counted)
+
+    @classmethod
+    def of(cls, misses: int, n: int, bitwise_ok: bool) -> "Structural":
+        """Bound what a gate with these misses lets through; raises InputError for a count that is none."""
+        bits = _most_bits(misses, n, bitwise_ok)
+        return cls(kind="gate", misses=misses, n=n, I_hi=bits, bitwise_ok=bitwise_ok)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,15 +149,18 @@ class AttackRow:
 
     name: str
     budget: str
+    """What it used over all prompts, as one word."""
     N: int
     k: int
     successes: int
+    """Prompts won untouched or by the attack, by the detector that saw the most."""
     ci: Interval
-    """Two-sided; its upper end is that of the verdict or below it."""
+    """Two-sided at delta over the number of attacks."""
     success_hi: float
     """One-sided upper end at delta over the number of attacks."""
-    null_rate: float | None
-    lift: float | None
+    null_rate: float
+    lift: float
+    """Rate of the attack alone minus that of the null control."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,6 +210,14 @@ class LeakageCertificate:
     attack: tuple[AttackRow, ...]
     controls: Controls
 
+    def __post_init__(self) -> None:
+        if self.structural.kind == "gate" and self.structural.n != self.scope.n_prompts:
+            raise InputError(
+                f"{self.structural.n} prompts passed the gate, not the {self.scope.n_prompts} of the scope"
+            )
+        for row in self.attack:
+            _check_end("success_hi", row.success_hi, most_rate(row.successes, row.N, DELTA / len(self.attack)))
+
     @property
     def leak_bits(self) -> float:
         """The best lower bound: trained heads at delta / 2, all detectors together at delta / 2."""
@@ -210,7 +238,7 @@ class LeakageCertificate:
         else:
             found = [verdict.none_found(self.observers, self.controls.spike_limit)]
         found += [verdict.seen_by(row.I_hi, row.name, row.hash) for row in self.detector]
-        if self.structural.kind != "none" and self.structural.bitwise_ok:
+        if self.structural.I_hi < 1:
             found.append(verdict.structural(self.structural.I_hi, self.scope.prompts_hash))
         return (*found, *(verdict.attack(row.name, row.budget, row.success_hi) for row in self.attack))
 
@@ -228,3 +256,14 @@ class LeakageCertificate:
         if [each.text for each in found.verdicts] != data.get("verdict"):
             raise InputError(f"verdicts {data.get('verdict')!r} do not follow from the numbers beside them")
         return found
+
+
+def _check_end(name: str, given: float, counted: float) -> None:
+    """Raise InputError for a bound that is not the one its counts give, rounding apart."""
+    if not isclose(given, counted, rel_tol=1e-6, abs_tol=1e-12):
+        raise InputError(f"{name} is {given}; the counts beside it give {counted}")
+
+
+def _most_bits(misses: int, n: int, bitwise_ok: bool) -> float:
+    bits = Substitution(misses, n, True).most_bits(DELTA)
+    return bits if bitwise_ok else 1.0

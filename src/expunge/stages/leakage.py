@@ -9,14 +9,14 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint
-from expunge.leakage.attack import AttackLog, attack_row
+from expunge.leakage.attack import about, attack_rows
 from expunge.leakage.lower import CLIP
 from expunge.leakage.record import DELTA, AttackRow, Design, LeakageCertificate, Scope, Structural
-from expunge.leakage.structure import Substitution
 from expunge.leakage.twins import Level, Split, Twin, check_frames, digest, frames, twins
 from expunge.models.load import load as load_model
-from expunge.stages import _files, _leakage, artifact
+from expunge.stages import _leakage, _outcomes, artifact
 from expunge.stages._arms import ARMS, Pictures, Plan
+from expunge.stages._gate import structural
 from expunge.stages._looks import Measured, Observers, measured
 from expunge.stages._provenance import model_fingerprint
 from expunge.stages.score import load_detector
@@ -35,8 +35,6 @@ class Question:
     prompts: tuple[str, ...] = ()
     """Sentences with one {}; the default ones of `leakage.twins.frames` if empty."""
     detectors: tuple[str, ...] = ()
-    attacks: tuple[Path, ...] = ()
-    gate: Path | None = None
     path: bool = False
     """Whether the path-KL bound is asked for."""
     seed: int = 0
@@ -50,6 +48,8 @@ class Subject:
     question: Question
     made: artifact.Artifact
     target: Target
+    erased: str
+    """The artifact's own name for the concept: a suite may give it another."""
     anchor: str
     pairs: tuple[Twin, ...]
     observers: Observers
@@ -63,21 +63,22 @@ class Subject:
 def leakage(source: Path, question: Question, run: Run) -> LeakageCertificate:
     """Draw, look, check the controls, and write RUN/leakage/<concept>/certificate.json.
 
+    Rows about attacks come from the run's own attacks/, structural ones from the artifact's gate, if it has one.
     Finished pictures are kept: a killed call continues. Raises InputError, before anything is drawn, for a concept the
     artifact did not erase, no anchor, too few prompts, a prompt the model cannot read, a detector that is not
-    calibrated for the concept, or attack and gate files about something else.
+    calibrated for the concept, or results of attacks on another artifact.
     """
     subject = _subject(source, question, run)
-    patch, base = subject.made.card.patch.sha256, subject.observers.base
-    attacks = [AttackLog.of(_files.read_json(file), question.concept, patch) for file in question.attacks]
-    gate = _gate(question.gate, patch)
-    folder = _leakage.place(subject.made.folder.parent, question.concept)
-    pictures = Pictures.open(folder / "pictures", _plan(subject), subject.pairs)
-    pictures.draw(subject.made.on(base), base, run)
+    base, plan, place = subject.observers.base, _plan(subject), subject.made.folder.parent
+    attacks = about(_outcomes.read(place), subject.erased, plan.patch_sha256, plan.model_sha256)
+    erased = subject.made.on(base)
+    gate = structural(erased, subject.pairs, plan, run)
+    folder = _leakage.place(place, question.concept)
+    pictures = Pictures.open(folder / "pictures", plan, subject.pairs)
+    pictures.draw(erased, base, run)
     looks = {arm: subject.observers.look(pictures, arm, run) for arm in ARMS}
     seen = measured(looks, subject.observers, subject.split, question.seed, run)
-    rows = tuple(attack_row(log, DELTA, len(attacks), question.seed) for log in attacks)
-    found = _certificate(subject, seen, gate, rows)
+    found = _certificate(subject, seen, gate, attack_rows(attacks, DELTA))
     _leakage.write(folder, found)
     return found
 
@@ -101,10 +102,12 @@ def _certificate(
 
 def _subject(source: Path, question: Question, run: Run) -> Subject:
     made, suite = artifact.load(source), question.suite
-    erased = {suite.named(concept): anchor for concept, anchor in zip(made.card.target, made.card.anchor, strict=True)}
+    erased = {
+        suite.named(each): (each, anchor) for each, anchor in zip(made.card.target, made.card.anchor, strict=True)
+    }
     if question.concept not in erased:
         raise InputError(f"{source} erased {', '.join(erased)}, not {question.concept!r}; choose among what it erased")
-    target, sent = suite.target(question.concept), erased[question.concept]
+    target, (own, sent) = suite.target(question.concept), erased[question.concept]
     anchor = question.anchor or (sent.phrase if sent else "") or target.anchor
     if not anchor:
         raise InputError(f"{question.concept!r} has no anchor to compare with; name one with --anchor")
@@ -117,7 +120,7 @@ def _subject(source: Path, question: Question, run: Run) -> Subject:
     for twin in pairs:
         base.check_prompt(twin.concept)
         base.check_prompt(twin.anchor)
-    return Subject(question, made, target, anchor, pairs, Observers(base, judges, points, target.concept))
+    return Subject(question, made, target, own.name, anchor, pairs, Observers(base, judges, points, target.concept))
 
 
 def _check_noise(base: Generator) -> None:
@@ -140,16 +143,6 @@ def _point(name: str, judge: Detector, concept: Concept) -> OperatingPoint:
     if point is None:
         raise InputError(f"detector {name!r} is not calibrated for {concept.name!r}; choose another with --detector")
     return point
-
-
-def _gate(file: Path | None, patch: str) -> Structural:
-    if file is None:
-        return Structural()
-    data = _files.read_json(file)
-    if set(data) != {"misses", "n", "bitwise_ok", "patch_sha256"} or data["patch_sha256"] != patch:
-        raise InputError(f"{file} is no gate record of this patch; legal keys: misses, n, bitwise_ok, patch_sha256")
-    gate = Substitution(data["misses"], data["n"], data["bitwise_ok"])
-    return Structural(kind="gate", misses=gate.misses, n=gate.n, I_hi=gate.most_bits(DELTA), bitwise_ok=True)
 
 
 def _plan(subject: Subject) -> Plan:

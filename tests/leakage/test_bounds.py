@@ -1,4 +1,4 @@
-"""Bounds against exact information, simulated coverage, and the tables of certificates.md."""
+"""Bounds against exact information, and the tables of certificates.md; how often they hold: test_coverage.py."""
 
 import numpy as np
 import pytest
@@ -27,24 +27,14 @@ from expunge.leakage.lower import (
     log_bits,
     most_rate,
     portfolio,
-    scan_variation,
 )
 from expunge.leakage.structure import Substitution
 from expunge.ops.betting import betting_lower
 from expunge.ops.stats import clopper_pearson
+from leakage.test_coverage import LAWS, drawn, laws
 
 share = st.floats(0, 1)
 DELTA = 0.05
-
-
-def laws(rng, k):
-    return rng.dirichlet(np.full(k, 0.6)), rng.dirichlet(np.full(k, 0.6))
-
-
-def drawn(rng, law1, law0, q, n):
-    """A guesser that answers q[outcome], on n twin pairs."""
-    one, two = (rng.choice(len(law), size=n, p=law) for law in (law1, law0))
-    return TwinScores.of(q[one], q[two], range(n))
 
 
 @given(share, share)
@@ -127,41 +117,6 @@ def test_no_misses_have_the_structural_bounds_of_the_table(n, bound):
     assert contamination(most_rate(0, n, DELTA)) == pytest.approx(bound, rel=0.035)
 
 
-LAWS = {
-    "equal coins": ([0.5, 0.5], [0.5, 0.5]),
-    "rare and equal": ([0.98, 0.02], [0.98, 0.02]),
-    "rare leak": ([0.94, 0.06], [0.998, 0.002]),
-    "shift": ([0.2, 0.3, 0.5], [0.4, 0.3, 0.3]),
-    "strong": ([0.9, 0.1], [0.1, 0.9]),
-    "disjoint": ([1.0, 0.0], [0.0, 1.0]),
-    "six": ([0.3, 0.3, 0.1, 0.1, 0.1, 0.1], [0.1, 0.1, 0.2, 0.2, 0.2, 0.2]),
-}
-
-
-def coverage(name, runs, n):
-    p1, p0 = (np.array(law) for law in LAWS[name])
-    truth, rng = shannon(p1, p0), np.random.default_rng(1)
-    q = (p1 + 1e-9) / (p1 + p0 + 2e-9)
-    over = np.zeros(4)
-    for _ in range(runs):
-        scores = drawn(rng, p1, p0, q, n)
-        best = portfolio(scores, 0.6, 3 * DELTA)  # each part at DELTA
-        over += np.array([best.acc, best.chan, best.log, fano((1 + scan_variation(scores, DELTA)) / 2)]) > truth + 1e-9
-    assert (over / runs <= DELTA + 3 * (DELTA * (1 - DELTA) / runs) ** 0.5).all(), over
-
-
-@pytest.mark.parametrize("name", LAWS)
-def test_lower_bounds_cover(name):
-    """Each bound exceeds the truth in at most delta of the runs, three Monte Carlo errors allowed; t = f among them."""
-    coverage(name, 40, 80)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", LAWS)
-def test_lower_bounds_cover_in_many_runs(name):
-    coverage(name, 2000, 120)
-
-
 def test_lower_bounds_find_what_is_there():
     """The side that must fail: on a strong leak all three see most of it, on none all see none."""
     rng, n = np.random.default_rng(2), 500
@@ -187,16 +142,6 @@ def test_which_bound_is_best_where_is_as_the_table_says():
     assert log > acc > chan and log == pytest.approx(0.117, abs=0.025) and acc == pytest.approx(0.087, abs=0.025)
 
 
-@given(st.integers(0, 10_000))
-def test_any_guesser_however_wrong_gives_a_bound(seed):
-    """Expected clipped log-loss of an arbitrary q never exceeds the information."""
-    rng = np.random.default_rng(seed)
-    p1, p0 = laws(rng, int(rng.integers(2, 7)))
-    q = np.clip(rng.random(len(p1)), 0.01, 0.99)
-    expected = 1 + float((p1 * np.log2(q)).sum() + (p0 * np.log2(1 - q)).sum()) / 2
-    assert expected <= shannon(p1, p0) + 1e-9
-
-
 def test_arms_that_are_not_twins_are_no_sequence_of_bets():
     q = np.full(4, 0.5)
     with pytest.raises(InputError, match="same order"):
@@ -208,39 +153,11 @@ def test_arms_that_are_not_twins_are_no_sequence_of_bets():
     assert log_bits(TwinScores.of(q, q, range(4)), DELTA) == 0
 
 
-@pytest.mark.parametrize("law", ["uniform", "coin", "skewed", "constant"])
-def test_betting_bounds_hold_and_close_in(law):
-    rng, runs, n = np.random.default_rng(4), 60, 300
-    draw = {
-        "uniform": lambda: rng.random(n),
-        "coin": lambda: rng.random(n) < 0.5,
-        "skewed": lambda: rng.beta(0.5, 4.5, n),
-        "constant": lambda: np.full(n, 0.5),
-    }[law]
-    mean = 0.1 if law == "skewed" else 0.5
-    bounds = np.array([betting_lower(draw().astype(float), 0.0, 1.0, DELTA) for _ in range(runs)])
-    assert (bounds > mean).mean() <= DELTA + 3 * (DELTA / runs) ** 0.5
-    assert bounds.mean() > mean - {"uniform": 0.06, "coin": 0.09, "skewed": 0.05, "constant": 0.05}[law]
-    wide = betting_lower(draw() * 4.0 - 3, -3.0, 1.0, DELTA)
-    assert -3 < wide < 4 * mean - 3
-
-
 def test_betting_refuses_what_it_cannot_bet_on():
     for values, delta in (([], 0.05), ([2.0], 0.05), ([0.5], 0.0)):
         with pytest.raises(InputError):
             betting_lower(values, 0.0, 1.0, delta)
     assert betting_lower([0.0] * 50, 0.0, 1.0, DELTA) == 0
-
-
-@pytest.mark.parametrize(
-    "t, f", [(0.5, 0.5), (0.02, 0.02), (0.3, 0.1), (0.1, 0.3), (0.95, 0.05), (0.0, 0.0), (0.05, 0.0)]
-)
-def test_the_box_encloses_what_the_detector_sees(t, f):
-    rng, runs, n = np.random.default_rng(5), 60, 100
-    boxes = [Box.of((int(rng.binomial(n, t)), int(rng.binomial(n, f))), (n, n), DELTA) for _ in range(runs)]
-    inside = [box.least_bits <= channel(t, f) + 1e-12 <= box.most_bits + 2e-12 for box in boxes]
-    assert np.mean(inside) >= 1 - DELTA - 3 * (DELTA / runs) ** 0.5
-    assert np.mean([box.most_bits for box in boxes]) < 0.9
 
 
 @given(st.tuples(st.integers(0, 40), st.integers(0, 40)))

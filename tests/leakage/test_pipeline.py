@@ -152,19 +152,31 @@ def test_the_null_flags_a_harness_that_leaks_and_spares_one_that_does_not():
     assert np.allclose(total, concept.features["numbers"] + anchor.features["numbers"])
 
 
+def jittered_p(scores, seed, jitter, permutations=199):
+    """The permutation p-value with its ties broken at random: (#more + jitter (1 + #equal)) / (1 + permutations).
+
+    With the arms exchanged the same tosses count "at most" in place of "at least".
+    """
+    least = round((1 + permutations) * accuracy_p(scores, permutations, seed)) - 1
+    other = TwinScores.of(scores.anchor, scores.concept, scores.anchor_pairs)
+    most = round((1 + permutations) * accuracy_p(other, permutations, seed)) - 1
+    equal = least + most - permutations
+    return (least - equal + jitter * (1 + equal)) / (1 + permutations)
+
+
 def test_permutation_p_values_are_uniform():
-    """Kolmogorov-Smirnov; accuracies tie, so the p-values are jittered within their own ties."""
-    rng, values = np.random.default_rng(8), []
-    for seed in range(100):
-        q = rng.random((2, 60))
+    """Kolmogorov-Smirnov, two-sided; accuracies tie, so the p-values are jittered within their own ties."""
+    rng, plain, jittered, leaking = np.random.default_rng(8), [], [], []
+    for seed in range(400):
+        q, jitter = rng.random((2, 60)), rng.random()
         scores = TwinScores.of(q[0], q[1], range(60))
-        p = accuracy_p(scores, 199, seed)
-        values.append(p)
-    values = np.array(values)
-    assert (values <= 0.05).mean() <= 0.05 + 3 * (0.05 * 0.95 / 100) ** 0.5
-    below = kstest(values, "uniform", alternative="greater")  # never smaller than uniform: valid
-    assert below.pvalue > 0.01
-    assert values.mean() < 0.65
+        plain.append(accuracy_p(scores, 199, seed))
+        jittered.append(jittered_p(scores, seed, jitter))
+        leaking.append(jittered_p(TwinScores.of(q[0] ** 0.8, q[1], range(60)), seed, jitter))
+    assert kstest(jittered, "uniform").pvalue > 0.01
+    assert kstest(leaking, "uniform").pvalue < 1e-3  # the side that must fail: a small leak
+    assert all(one <= other for one, other in zip(jittered, plain, strict=True))  # ties fall on the safe side
+    assert kstest(plain, "uniform", alternative="greater").pvalue > 0.01  # never smaller than uniform: valid
 
 
 def test_the_optimal_critics_donsker_varadhan_estimate_exceeds_the_truth_half_the_time():

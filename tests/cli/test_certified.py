@@ -57,6 +57,10 @@ def test_an_erasure_is_certified_with_its_attacks(expunge: Command, tmp_path: Pa
     assert said[1].startswith("LEAK ≤ 0.0") and "as seen by detector colour" in said[1]
     # Clopper-Pearson of 0 of 5, one-sided, by hand: 1 - 0.05^(1/5) = 0.4507
     assert said[2:] == ["ATTACK negative_flip@0-gradients+5-pictures: success ≤ 46 % (95 %)"]
+    kinds = data["detector"][0]["weakened"]
+    # half of each colour has no stronger one, so this detector sees none; one colour stays itself when blurred
+    assert min(kinds["plain"][0], kinds["blurred"][0]) > 0.9 and max(kinds["half"][1], kinds["quarter"][1]) < 0.1
+    assert 0 < data["lower"]["equivalence"] < 0.3 < data["controls"]["ceiling_bits"]
     (row,) = data["attack"]
     assert (row["N"], row["k"], row["successes"], row["null_rate"], row["lift"]) == (5, 1, 0, 0.0, 0.0)
     assert data["structural"]["kind"] == "none" and data["controls"]["ceiling_bits"] > 0.5

@@ -70,6 +70,11 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_drawn(
     assert "too few for level 'quick'" in expunge(*words, "--prompts", short).complaint()
     assert "one {}" in expunge(*words, "--prompts", bad).complaint()
     assert "no such file" in expunge(*words, "--prompts", tmp_path / "none.txt").complaint()
+    audit = ("certify", run, "--concept", "red", "--level", "audit", "--suite", suite, "--prompts", lines)
+    assert (
+        "64 prompts are too few for level 'audit', which needs 5000; legal: a lower level, or --prompts"
+        in expunge(*audit).complaint()
+    )
     other = ("certify", run, "--concept", "blue", "--level", "quick", "--suite", suite, "--prompts", lines)
     assert "erased red, not 'blue'" in expunge(*other).complaint()
     assert "no packaged suite" in expunge("certify", run, "--concept", "red").complaint()

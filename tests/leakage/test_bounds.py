@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import beta
+from scipy.stats import beta, binom
 
 from expunge.core.errors import InputError
 from expunge.core.records import OperatingPoint
@@ -23,6 +23,7 @@ from expunge.leakage.lower import (
     TwinScores,
     accuracy_bits,
     channel_bits,
+    equivalence,
     least_rate,
     log_bits,
     most_rate,
@@ -166,6 +167,18 @@ def test_no_point_of_the_box_has_more_or_less_than_its_bounds(hits):
     for t in np.linspace(*box.tpr, 7):
         for f in np.linspace(*box.fpr, 7):
             assert box.least_bits - 1e-9 <= channel(float(t), float(f)) <= box.most_bits + 1e-9
+
+
+@pytest.mark.parametrize("guesses, eps", [(3865, 0.02), (1718, 0.03), (619, 0.05), (155, 0.10)])
+def test_a_coin_is_shown_to_be_one_with_the_power_of_the_table(guesses, eps):
+    """Section 8: the upper test alone has 80 % power where the truth is 1/2, so both together have 60 %."""
+    counts = np.arange(guesses // 2 - 200, guesses // 2 + 201).clip(0, guesses)
+    mass = {rate: binom.pmf(np.unique(counts), guesses, rate) for rate in (0.5, 0.5 + eps, 0.5 - eps)}
+    upper = np.array([most_rate(int(hits), guesses, DELTA) - 0.5 < eps for hits in np.unique(counts)])
+    both = np.array([equivalence(int(hits), guesses, DELTA) < eps for hits in np.unique(counts)])
+    assert mass[0.5][upper].sum() == pytest.approx(0.8, abs=0.04)
+    assert mass[0.5][both].sum() == pytest.approx(0.6, abs=0.07)
+    assert max(mass[0.5 + eps][both].sum(), mass[0.5 - eps][both].sum()) <= DELTA  # the side that must fail
 
 
 def test_a_poor_detector_cannot_promise_a_low_rate():

@@ -14,6 +14,8 @@ from expunge.leakage.information import shannon
 from expunge.leakage.lower import TwinScores, portfolio
 from expunge.leakage.pipeline import Look, Spikes, attribution, base_heads, boxes, look_for_leak, null_p, shuffled
 from expunge.leakage.twins import PAIRS, Split, check_frames, digest, draw_seed, frames, twins
+from expunge.suites.load import catalogue
+from expunge.suites.load import load as load_suite
 
 DELTA = 0.05
 N = 200
@@ -38,8 +40,11 @@ def test_twins_differ_in_the_concept_alone_and_each_sentence_comes_once():
     assert digest(again) == digest(pairs) != digest(twins(frames(STYLES, GROUNDS), ("a b",), "apple", "quick", 0))
 
 
-def test_the_suites_words_make_enough_sentences_for_the_standard_level():
-    assert len(set(frames(tuple("abcde"), tuple("qrstuvw")))) >= PAIRS["standard"]
+def test_the_suites_words_make_enough_sentences_for_the_standard_level_and_too_few_for_an_audit():
+    """The page and the help say so: 2100."""
+    for suite in map(load_suite, catalogue()):
+        styles, grounds = ({getattr(case, key) for case in suite.cases} - {""} for key in ("style", "background"))
+        assert PAIRS["standard"] <= len(set(frames(sorted(styles), sorted(grounds)))) == 2100 < PAIRS["audit"]
     assert all(line.count("{}") == 1 for line in frames(STYLES, GROUNDS))
 
 

@@ -32,6 +32,14 @@ def test_without_a_certificate_the_page_claims_nothing(folder: Path) -> None:
     assert "gives away" not in text and "≤" not in text and "LEAK" not in text
 
 
+def test_how_far_from_a_coin_the_head_can_be_is_told_where_it_is_known(folder: Path) -> None:
+    older = made(bits=0.0)
+    certify(folder, older)
+    assert "give or take" not in plain(render(folder))
+    certify(folder, replace(older, lower=replace(older.lower, equivalence=0.031)))
+    assert "50 % of the time, give or take 3.1 %" in plain(render(folder))
+
+
 @pytest.mark.parametrize("bits", [0.0, 0.21])
 def test_every_verdict_has_its_words_and_there_is_one_picture(bits: float, folder: Path) -> None:
     certificate = made(bits=bits)

@@ -21,7 +21,12 @@ FAILED_CONTROL = 3
 def certify(
     source: Annotated[str, typer.Argument(metavar="DIR", help="The folder that `expunge erase` wrote.")],
     concept: Annotated[str, typer.Option(help="Which of the erased concepts.")],
-    level: Annotated[Level, typer.Option(help="Twin prompts: quick 250, standard 1000, audit 5000.")] = "standard",
+    level: Annotated[
+        Level,
+        typer.Option(
+            help="Twin prompts: quick 250, standard 1000, audit 5000 (more than suites' words make: needs --prompts)."
+        ),
+    ] = "standard",
     suite: Annotated[
         str,
         typer.Option(help="Gives synonyms, sampler and detectors. Default: the packaged suite that has the concept."),

@@ -49,6 +49,11 @@ class TwinScores:
         """Join two arms whose rows answer to the same list of pairs."""
         return cls(concept, anchor, tuple(pairs), tuple(pairs))
 
+    @property
+    def correct(self) -> int:
+        """How many of the 2 n images are guessed right, where a guess says C = 1 for q > 1/2."""
+        return int((self.concept > 0.5).sum() + (self.anchor <= 0.5).sum())
+
 
 @dataclass(frozen=True)
 class Portfolio:
@@ -82,6 +87,14 @@ def accuracy_bits(correct: int, guesses: int, delta: float) -> float:
     above its mean (Hoeffding 1956).
     """
     return fano(least_rate(correct, guesses, delta))
+
+
+def equivalence(correct: int, guesses: int, delta: float) -> float:
+    """Give the least eps for which two one-sided tests at delta each show an accuracy within 1/2 +- eps.
+
+    max(a_hi - 1/2, 1/2 - a_lo). About this guesser alone: another may do better, so it bounds no information.
+    """
+    return max(most_rate(correct, guesses, delta) - 0.5, 0.5 - least_rate(correct, guesses, delta))
 
 
 def channel_bits(hits: tuple[int, int], n: tuple[int, int], delta: float) -> float:
@@ -123,8 +136,7 @@ def portfolio(scores: TwinScores, threshold: float, delta: float) -> Portfolio:
 
     A guess says C = 1 where q > 1/2, the yes/no channel fires where q >= threshold, chosen on the calibration split.
     """
-    n, third = len(scores.concept), delta / 3
-    correct = int((scores.concept > 0.5).sum() + (scores.anchor <= 0.5).sum())
+    n, third, correct = len(scores.concept), delta / 3, scores.correct
     hits = int((scores.concept >= threshold).sum()), int((scores.anchor >= threshold).sum())
     return Portfolio(
         acc=accuracy_bits(correct, 2 * n, third),

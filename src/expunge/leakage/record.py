@@ -76,6 +76,8 @@ class Lower:
     tv_lo: float
     p: float
     """Permutation p-value of its accuracy."""
+    equivalence: float | None = None
+    """Least eps for which its accuracy is shown to be within 1/2 +- eps, by two tests at delta; None in older files."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +97,8 @@ class DetectorRow:
     spec: float
     corrected_rate_ci: Mapping[str, Interval]
     """Share of pictures that show the concept, errors removed, by arm; and the `difference` of the first two arms."""
+    weakened: Mapping[str, Interval] | None = None
+    """How often it fires on the base model's pictures of the concept, plain and weakened; None in older files."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -81,9 +81,17 @@ def _facts(found: LeakageCertificate) -> list[tuple[str, str]]:
         ("Who looked", ", ".join(found.observers.split("+"))),
         ("Smallest share of leaks found 4 times in 5", limit),
         ("The base model, by the same means", f"{controls.ceiling_bits:.2g} bit or more"),
+        *_coin(found),
         ("Two arms that are alike", f"p = {controls.null_p:.2g}"),
         ("Level", f"{found.design.level}, {100 * (1 - found.design.delta):.0f} % per sentence"),
     ]
+
+
+def _coin(found: LeakageCertificate) -> list[tuple[str, str]]:
+    eps = found.lower.equivalence
+    return (
+        [] if eps is None else [("The chosen head guesses right", f"50 % of the time, give or take {100 * eps:.2g} %")]
+    )
 
 
 def _range(low: float, high: float) -> str:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
-from torch.nn.functional import adaptive_avg_pool2d
+from torch.nn.functional import adaptive_avg_pool2d, avg_pool2d
 
 from expunge.core.concept import Concept
 from expunge.core.eraser import Run
@@ -19,7 +19,7 @@ from expunge.core.registry import catalogue
 from expunge.leakage import box
 from expunge.leakage.family import family_bits
 from expunge.leakage.heads import accuracy_p, cosine_features, stacked
-from expunge.leakage.lower import Portfolio, TwinScores
+from expunge.leakage.lower import Portfolio, TwinScores, equivalence
 from expunge.leakage.pipeline import (
     PERMUTATIONS,
     Finding,
@@ -33,6 +33,7 @@ from expunge.leakage.pipeline import (
 )
 from expunge.leakage.record import DELTA, Controls, DetectorRow, FamilyRow, Lower
 from expunge.leakage.twins import Split
+from expunge.ops.stats import clopper_pearson
 from expunge.stages import _files
 from expunge.stages._arms import ARMS, Pictures
 
@@ -41,6 +42,9 @@ NORM = 1.0
 """B of the family rows: with more, a few hundred pictures bound nothing."""
 WINDOW = 8
 """Latents are averaged to at most this many rows and columns before heads see them."""
+WEAKENED = ("plain", "half", "quarter", "blurred")
+_Images = Float[Tensor, "b 3 h w"]
+Weakened = Mapping[str, Mapping[str, tuple[float, float]]]
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,23 @@ class Observers:
             run.progress(f"look at {arm}", min(start + CHUNK, len(pictures.pairs)), len(pictures.pairs))
         return Look(stacked(features), {name: np.concatenate([part[name] for part in fired]) for name in self.judges})
 
+    def weakened(self, pictures: Pictures, run: Run) -> dict[str, dict[str, tuple[float, float]]]:
+        """Give each detector's rate on weakened pictures of the concept by the base model: exact ends by name and kind.
+
+        A detector's sensitivity is that of its calibration pictures; this says how fast it falls on fainter ones.
+        """
+        fired: dict[str, dict[str, int]] = {name: dict.fromkeys(WEAKENED, 0) for name in self.judges}
+        for start in range(0, len(pictures.pairs), CHUNK):
+            shown, plain = (pictures.read(arm, start, start + CHUNK) for arm in ("base-concept", "base-anchor"))
+            for kind, faded in weaker(shown, plain).items():
+                for name in self.judges:
+                    fired[name][kind] += int(self._fires(name, faded).sum())
+            run.progress("look at weakened pictures", min(start + CHUNK, len(pictures.pairs)), len(pictures.pairs))
+        return {
+            name: {kind: _ends(hits, len(pictures.pairs)) for kind, hits in kinds.items()}
+            for name, kinds in fired.items()
+        }
+
     def _fires(self, name: str, images: Float[Tensor, "b 3 h w"]) -> np.ndarray[tuple[int], np.dtype[np.bool_]]:
         return (self.judges[name].score(images, self.concept) >= self.points[name].threshold).cpu().numpy()
 
@@ -78,6 +99,21 @@ class Observers:
         }
 
 
+def weaker(shown: _Images, plain: _Images) -> dict[str, _Images]:
+    """Weaken pictures: a share of them mixed into pictures without the concept, or pixels averaged with those near."""
+    return {
+        "plain": shown,
+        "half": 0.5 * shown + 0.5 * plain,
+        "quarter": 0.25 * shown + 0.75 * plain,
+        "blurred": avg_pool2d(shown, 5, stride=1, padding=2, count_include_pad=False),
+    }
+
+
+def _ends(hits: int, n: int) -> tuple[float, float]:
+    found = clopper_pearson(hits, n, 1 - DELTA)
+    return found.low, found.high
+
+
 @dataclass(frozen=True)
 class Measured:
     """The numbers of a certificate that come from pictures."""
@@ -89,7 +125,9 @@ class Measured:
     controls: Controls
 
 
-def measured(looks: Mapping[str, Look], observers: Observers, split: Split, seed: int, run: Run) -> Measured:
+def measured(
+    looks: Mapping[str, Look], weakened: Weakened, observers: Observers, split: Split, seed: int, run: Run
+) -> Measured:
     """Run the pipeline on the erased model's arms, and on arms whose answer is known."""
     concept, anchor, again, base_concept, base_anchor = (looks[arm] for arm in ARMS)
     heads = base_heads(base_concept, base_anchor, split, DELTA)
@@ -107,7 +145,7 @@ def measured(looks: Mapping[str, Look], observers: Observers, split: Split, seed
     return Measured(
         lower=_lower(found.head, found.bounds, found.scores, seed),
         attribution=_lower(known, known_bounds, known_scores, seed),
-        detector=tuple(_row(name, observers, found, looks, seed) for name in observers.judges),
+        detector=tuple(_row(name, observers, found, looks, weakened[name], seed) for name in observers.judges),
         family=_family(concept, anchor),
         controls=Controls(
             null_p=min(1.0, 2 * min(nulls)),
@@ -127,6 +165,7 @@ def _lower(head: str, bounds: Portfolio, scores: TwinScores, seed: int) -> Lower
         portfolio_bits=bounds.bits,
         tv_lo=bounds.tv,
         p=accuracy_p(scores, PERMUTATIONS, seed),
+        equivalence=equivalence(scores.correct, 2 * len(scores.concept), DELTA),
     )
 
 
@@ -138,7 +177,14 @@ def _family(concept: Look, anchor: Look) -> tuple[FamilyRow, ...]:
     )
 
 
-def _row(name: str, observers: Observers, found: Finding, looks: Mapping[str, Look], seed: int) -> DetectorRow:
+def _row(
+    name: str,
+    observers: Observers,
+    found: Finding,
+    looks: Mapping[str, Look],
+    weakened: Mapping[str, tuple[float, float]],
+    seed: int,
+) -> DetectorRow:
     point, seen = observers.points[name], found.boxes[name]
     shown = {
         arm: box.corrected(looks[arm].fired[name].tolist(), point, name, seed=seed, delta=DELTA / 2)
@@ -157,6 +203,7 @@ def _row(name: str, observers: Observers, found: Finding, looks: Mapping[str, Lo
         sens=point.sensitivity.value,
         spec=point.specificity.value,
         corrected_rate_ci={**ends, "difference": box.presence(shown["concept"], shown["anchor"])},
+        weakened=weakened,
     )
 
 

@@ -77,7 +77,8 @@ def leakage(source: Path, question: Question, run: Run) -> LeakageCertificate:
     pictures = Pictures.open(folder / "pictures", plan, subject.pairs)
     pictures.draw(erased, base, run)
     looks = {arm: subject.observers.look(pictures, arm, run) for arm in ARMS}
-    seen = measured(looks, subject.observers, subject.split, question.seed, run)
+    weakened = subject.observers.weakened(pictures, run)
+    seen = measured(looks, weakened, subject.observers, subject.split, question.seed, run)
     found = _certificate(subject, seen, gate, attack_rows(attacks, DELTA))
     _leakage.write(folder, found)
     return found

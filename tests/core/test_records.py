@@ -70,6 +70,14 @@ def test_damaged_cards_are_refused(damage):
         Card.from_json(json.dumps(data))
 
 
+def test_a_card_older_than_a_fact_is_read_and_says_that_it_lacks_it():
+    data = json.loads(card().to_json())
+    for fact in ("certificates", "parts", "budget"):
+        data.pop(fact, None), data["run"].pop(fact, None)
+    old = Card.from_json(json.dumps(data))
+    assert old == card() and old.certificates is None and old.run.parts is None
+
+
 def test_text_that_is_not_json_is_refused():
     with pytest.raises(InputError, match="not valid JSON"):
         Card.from_json("{")

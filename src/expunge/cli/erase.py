@@ -119,7 +119,7 @@ def _tell(screen: Out, folder: Path) -> None:
     card = read_card(folder)
     screen.emit({"artifact": str(folder), "card": loads(card.to_json())})
     screen.say(outcome(card))
-    for certificate in card.certificates:
+    for certificate in card.certificates or ():
         screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
 

@@ -69,7 +69,7 @@ def _tell(screen: Out, folder: Path, order: Sequence[Mapping[str, Any]]) -> None
     screen.say(outcome(card))
     for step in order:
         screen.say(_step(step))
-    for certificate in card.certificates:
+    for certificate in card.certificates or ():
         screen.say(f"{certificate.name}: {certificate.statement}")
     screen.say(f"wrote {folder}")
 

@@ -98,8 +98,9 @@ class Card:
     run: Provenance
     claims: Mapping[str, bool]
     """What standard attacks can judge: deterministic, gradients usable, no inner optimization."""
-    certificates: tuple[Certificate, ...] = ()
-    """What holds of the edit as it is stored, without a picture; none of guards, which change no weight."""
+    certificates: tuple[Certificate, ...] | None = None
+    """What holds of the edit as it is stored, without a picture; empty for guards, which change no weight. None: the
+    card is older than they are."""
 
     def __post_init__(self) -> None:
         if self.schema != SCHEMA:

@@ -1,5 +1,7 @@
 """Spending gradients during the backward pass gives an ordinary Adam's bits; a killed training goes on at its bits."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -58,6 +60,34 @@ def test_gradients_are_never_all_there(monkeypatch: pytest.MonkeyPatch) -> None:
     loss(p, 0).backward()
     descent.end()
     assert len(seen) == len(p) and max(seen) <= 1
+
+
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("fused", [True, False])
+def test_a_gradient_that_is_not_finite_moves_nothing_it_reaches(
+    clip: float | None, fused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PORTION", 1)
+    monkeypatch.setattr(module, "_FUSED", ("cpu",) if fused else ())
+    p = parameters()
+    descent = Descent(p, lr=1e-2, clip=clip)
+
+    def step(number: int, more: Tensor) -> float:
+        descent.begin(1e-2)
+        (loss(p, number) + more).backward()
+        return descent.end().item()
+
+    assert step(0, torch.zeros(())) > 0
+    before = {name: tensor.clone() for name, tensor in descent.tensors().items()}
+    value = (0 * p[1].sum()).sqrt()  # the root of 0 has no slope
+    assert value.item() == 0 and math.isnan(step(2, value))
+    after = descent.tensors()
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    assert not any(name.endswith(".1") for name in moved)
+    assert bool(moved) == (clip is None)  # others have been spent by then, unless all wait for the norm
+    assert all(bool(tensor.isfinite().all()) for tensor in after.values())
+    assert step(4, torch.zeros(())) > 0
+    assert not torch.equal(before["parameter.1"], descent.tensors()["parameter.1"])
 
 
 class Memory:

@@ -4,8 +4,8 @@ import torch
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.models.load import load
-from expunge.ops.fit import fit
-from expunge.ops.student import Student
+from expunge.ops.fit import Diverged, fit
+from expunge.ops.student import LowRankStudent, Student
 
 
 @pytest.fixture(scope="module")
@@ -93,5 +93,19 @@ def test_bad_settings_are_refused(model, lesson):
     student = Student.of(model, "cross_kv")
     with pytest.raises(InputError, match="steps is 0"):
         fit(student, loss_of(student, model, lesson), Run(), steps=0, lr=1e-3)
-    with pytest.raises(InputError, match="loss is nan at step 0"):
+    with pytest.raises(Diverged, match="loss is nan at step 0; lower lr"):
         fit(student, lambda step: student.parameters[0].sum() * float("nan"), Run(), steps=1, lr=1e-3)
+    for nobody in (Student(model, {}), LowRankStudent.of(model, [], rank=1, rng=Run().rng("none"))):
+        with pytest.raises(InputError, match="nothing of 'tiny-unet' would be trained"):
+            fit(nobody, lambda step: torch.zeros(()), Run(), steps=1, lr=1e-3)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_step_before_it(model, lesson):
+    fewer, student = Student.of(model, "cross_kv"), Student.of(model, "cross_kv")
+    fit(fewer, loss_of(fewer, model, lesson), Run(), steps=2, lr=1e-3)
+    loss, rows = loss_of(student, model, lesson), []
+    run = Run(log=lambda *row: rows.append(row))
+    with pytest.raises(Diverged, match="loss is inf at step 2"):
+        fit(student, lambda step: loss(step) / (step != 2), run, steps=9, lr=1e-3)
+    assert all(torch.equal(a, b) for a, b in zip(student.parameters, fewer.parameters, strict=True))
+    assert rows[-1] == ("loss", 2, float("inf"))

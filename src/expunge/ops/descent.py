@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils import clip_grad_norm_, get_total_norm
 
@@ -39,12 +39,17 @@ class Descent:
             portion.begin(lr, passes)
 
     def end(self) -> Float[Tensor, ""]:
-        """Spend what is left after the last pass; gives the norm of all gradients together, before clipping."""
+        """Spend what is left after the last pass; gives the norm of all gradients together, before clipping.
+
+        A gradient that is not finite moves neither parameter nor moment of its portion, and with a clip none at all;
+        the norm says so.
+        """
         if self.clip is not None:
             self.average([p.grad for p in self.parameters if p.grad is not None])
             norm = clip_grad_norm_(self.parameters, self.clip)
-            for portion in self._portions:
-                portion.optimizer.step()
+            if bool(norm.isfinite()):
+                for portion in self._portions:
+                    portion.optimizer.step()
             return norm
         for portion in self._portions:
             portion.spend()
@@ -84,8 +89,8 @@ class _Portion:
 
     def __init__(self, parameters: list[Tensor], lr: float, average: Average) -> None:
         self.parameters, self.norms, self.average = parameters, list[Tensor](), average
-        fused = all(p.device.type in _FUSED for p in parameters)
-        self.optimizer = torch.optim.Adam(parameters, lr=lr, fused=fused)
+        self.fused = all(p.device.type in _FUSED for p in parameters)
+        self.optimizer = torch.optim.Adam(parameters, lr=lr, fused=self.fused)
         self._awaited = 0
         self._handles = list[torch.utils.hooks.RemovableHandle]()
 
@@ -105,12 +110,20 @@ class _Portion:
         if grads:
             self.average(grads)
             self.norms.append(get_total_norm(grads))
-            self.optimizer.step()
+            self._step(self.norms[-1].isfinite())
             self.optimizer.zero_grad(set_to_none=True)
 
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+
+    def _step(self, finite: Bool[Tensor, ""]) -> None:
+        """Move, unless a gradient is not finite."""
+        if self.fused:  # its kernels look for themselves: no waiting for the device in the middle of a backward pass
+            self.optimizer.found_inf = (~finite).float()  # type: ignore[attr-defined]
+            self.optimizer.step()
+        elif bool(finite):
+            self.optimizer.step()
 
     def _ready(self, parameter: Tensor) -> None:
         self._awaited -= 1

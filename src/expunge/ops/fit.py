@@ -14,6 +14,14 @@ from expunge.ops.descent import Descent
 from expunge.ops.student import Learner
 
 
+class Diverged(InputError):
+    """A loss or a gradient that is not finite; `steps` before it were, and can be made again: 0 if they cannot."""
+
+    def __init__(self, said: str, steps: int) -> None:
+        super().__init__(said)
+        self.steps = steps
+
+
 @torch.enable_grad()
 def fit(
     student: Learner,
@@ -35,11 +43,16 @@ def fit(
     unfinished trainings, the loop goes on where it was killed and ends at the very bits it would have. None: the loss
     keeps more than tensors, and the loop starts anew. Every step logs "loss" and "grad_norm" (before clipping) to the
     run and reports progress. The run's watch is shown the model; where it says no, the masters go back to what it saw
-    before. Raises InputError for steps < 1, for a no at the first look, and when the loss is no longer finite; the
-    masters then hold the last finite step.
+    before. Raises InputError for steps < 1, for a student without parameters and for a no at the first look; Diverged
+    when the loss or the gradient is no longer finite. After such a loss the masters hold the last finite step; after
+    such a gradient none is NaN, but some have moved.
     """
     if steps < 1:
         raise InputError(f"steps is {steps}; legal: 1 and above")
+    if not student.parameters:
+        raise InputError(
+            f"nothing of {student.model.name!r} would be trained; choose a group of parameters that it has"
+        )
     turns = [lr] if isinstance(lr, float | int) else list(lr)
     descent = Descent(student.parameters, lr=turns[0], clip=clip, average=run.average)
     watched = Watched(student, run.watch) if run.watch else None
@@ -49,10 +62,12 @@ def fit(
         for step in range(kept.done() if kept else 0, steps):
             descent.begin(turns[step % len(turns)], run.accumulate)
             value = backward(loss, run.draws(step), run)
-            if not math.isfinite(value):
-                raise InputError(f"the loss is {value} at step {step}; lower lr (now {lr})")
             run.log("loss", step, value)
-            run.log("grad_norm", step, descent.end().item())
+            again = step if kept else 0
+            check_finite(f"the loss is {value} at step {step}; lower lr (now {lr})", value, again)
+            norm = descent.end().item()
+            run.log("grad_norm", step, norm)
+            check_finite(f"the gradient's norm is {norm} at step {step}; lower lr (now {lr})", norm, again)
             refused = watched is not None and not watched.allows(step + 1, run, last=step + 1 == steps)
             ended = refused or (until is not None and agreed(until(), run))
             done = steps if ended else step + 1
@@ -63,6 +78,12 @@ def fit(
                 break
     finally:
         descent.close()
+
+
+def check_finite(said: str, value: float, steps: int) -> None:
+    """Raise Diverged unless a number is finite."""
+    if not math.isfinite(value):
+        raise Diverged(said, steps)
 
 
 def backward(loss: Callable[[int], Float[Tensor, ""]], draws: Sequence[int], run: Run) -> float:

@@ -88,8 +88,8 @@ class Game:
     ) -> tuple[Callable[[int], Float[Tensor, ""]], list[Tensor]]:
         """The loss of a step, and what it changes in place from step to step.
 
-        Logs the discriminator's cross-entropy, what it proves of I(C; X), and both parts. What is kept is walked as the
-        pairs are.
+        Logs the discriminator's cross-entropy, what it proves of I(C; X), and the three parts. What is kept is
+        walked as the pairs are.
         """
         model = student.model
         drawn = pairs.walked(student.view, self._directions(model, sides), run)
@@ -108,9 +108,13 @@ class Game:
             game = self._play(opponent, student, sides, late, preds[0], run, step)
             held = self._held(model, preds[1:], early, now)
             toward = guide(late.goals[0], late.goals[1], -self.strength)
-            share = self.direction if step < self.warm else 0.0
             run.log("kept", step, held.item())
-            return self.adversarial * game + self.kept * held + share * model.distance(preds[0], toward).mean()
+            total = self.adversarial * game + self.kept * held
+            if not self.direction or step >= self.warm:
+                return total
+            directed = model.distance(preds[0], toward).mean()
+            run.log("direction", step, directed.item())
+            return total + self.direction * directed
 
         return loss, [*drawn.state, *opponent.state]
 

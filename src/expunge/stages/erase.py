@@ -20,7 +20,7 @@ from expunge.core.patch import Patch
 from expunge.models.load import load as load_model
 from expunge.stages import _chain, _files, artifact
 from expunge.stages._provenance import code, source_of
-from expunge.stages._training import Foreign, Training
+from expunge.stages._training import Foreign, Halted, Training, halting
 from expunge.stages._watching import Show, unseen, watching
 from expunge.stages.recipe import ModelChoice, Recipe, read
 
@@ -69,6 +69,7 @@ def erase(
     if before:
         _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
     training = Training(out, of=_told(recipe, source.revision, run.parts), writes=leads)
+    training.check()
     if not leads:
         _trained(job, seen, run, training, 0, unseen)
         return folder
@@ -115,7 +116,8 @@ def _trained(job: artifact.Job, model: Generator, run: Run, training: Training, 
     """Run the method, watched and logged; refuse words about a training where there was none."""
     out, own = training.folder.parent, logged(run, training)
     watch = watching(model, job.request, own, out, budget=job.budget, preview=preview, show=show)
-    patch = job.eraser.erase(model, job.request, dataclasses.replace(own, watch=watch))
+    own = dataclasses.replace(own, watch=watch)
+    patch = halting(lambda kept: job.eraser.erase(model, job.request, dataclasses.replace(own, kept=kept)), training)
     asked = {"budget": job.budget is not None, "more than one loss a step": job.parts > 1}
     if any(asked.values()) and not any(row["name"] == "loss" for row in training.rows):
         what = next(name for name in asked if asked[name])
@@ -131,15 +133,15 @@ def _told(recipe: Recipe, revision: str, parts: int) -> str:
 
 @contextmanager
 def _withdrawn(out: Path, training: Training, fresh: bool) -> Iterator[None]:
-    """Leave no recipe, and no folder that was not there, of what a method refused."""
+    """Leave no recipe, and no folder that was not there, of what a method refused, but all that can be gone on with."""
     try:
         yield
-    except Foreign:
+    except (Foreign, Halted):
         raise
     except InputError:
         training.remove()
         (out / "recipe.toml").unlink(missing_ok=True)
-        if fresh:
+        if fresh and not any(out.iterdir()):  # previews stay
             out.rmdir()
         raise
 

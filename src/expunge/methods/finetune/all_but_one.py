@@ -121,7 +121,8 @@ class AllButOne(Eraser):
             rows = (uncond, target, other) if kept else (uncond, target)
             preds = predict_each(student.view(), now.state, [cond.take(now.which) for cond in rows])
             wish, drift = self.terms(model, preds, now.goals)
-            run.log("drift", step, drift.item())
+            for name, term in (("wish", wish), ("drift", drift)):
+                run.log(name, step // run.parts, term.item())
             if self.constraint == "projection":
                 return surgical(wish, drift, student.parameters, self.drift_weight)
             total = wish + multiplier.item() * drift

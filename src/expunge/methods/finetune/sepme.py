@@ -125,7 +125,7 @@ class SepME(Eraser):
         def loss(step: int) -> Tensor:
             seen = torch.stack([term(student.view(), step) for term in terms])
             for (concept, _), value, one in zip(group, seen.tolist(), settling, strict=True):
-                run.log(f"correlation {concept.name}", step, value)
+                run.log(f"correlation {concept.name}", step // run.parts, value)
                 one.see(value)
             sizes = torch.stack([shift.abs().sum() for shift in student.shifts().values()])
             return (balance(seen) * seen).sum() + self.penalty * sizes.mean()

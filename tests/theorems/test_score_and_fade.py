@@ -1,9 +1,12 @@
 """What must hold for SCORE and FADE, reconstructions, and what must not."""
 
+import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Run
@@ -12,6 +15,7 @@ from expunge.methods.finetune.fade import Fade
 from expunge.methods.finetune.score import Score
 from expunge.models.load import load
 from expunge.ops.game import Sides
+from expunge.ops.independence import Discriminator, Opponent
 from expunge.ops.pairs import Pairs
 from expunge.ops.saliency import Look, denoising, most_salient
 from expunge.ops.student import Student
@@ -107,10 +111,60 @@ def test_settings_that_cannot_be_played_are_refused():
             replace(Score(**BRIEF), **change).erase(model, BERRY, Run())
 
 
-def test_fade_plays_without_a_direction_and_a_constant_opponent_teaches_nothing():
+def test_fade_plays_without_a_direction_and_its_weight_is_all_that_moves_it():
     log = Log()
     model = load("tiny-unet")
     patch = Fade(**BRIEF).erase(model, BERRY, log.run)
     assert patch.deltas
     assert set(log.rows) >= {"discriminator", "information", "adversarial", "kept"}
+    assert "direction" not in log.rows
     assert not Fade(**BRIEF, adversarial=0.0).erase(model, BERRY, Run()).deltas
+
+
+@pytest.mark.parametrize("kept", [0.0, 1.0])
+@pytest.mark.parametrize("method", [Fade, partial(Score, direction=0.0)], ids=["fade", "score"])
+def test_a_constant_discriminator_teaches_nothing(method, kept, monkeypatch):
+    model, log = load("tiny-unet"), Log()
+    still = method(**BRIEF, adversarial=1.0, kept=kept, opponent_lr=0.0)  # it learns nothing either
+    assert still.erase(model, BERRY, Run()).deltas
+
+    def constant(*settings: object) -> Discriminator:
+        net = Discriminator(*settings)
+        net.heads.weight.data.zero_()
+        return net
+
+    monkeypatch.setattr("expunge.ops.game.Discriminator", constant)
+    assert not still.erase(model, BERRY, log.run).deltas
+    assert log.rows["adversarial"] == pytest.approx([math.log(2)] * 3)
+    assert log.rows["grad_norm"] == [0.0] * 3
+    # one that is constant at first and learns is not constant for long
+    assert replace(still, opponent_lr=1e-3).erase(model, BERRY, Run()).deltas
+
+
+WORDS = [*"abcdefghijklmnopqrst"]
+
+
+@pytest.mark.parametrize("number", [1, 5, 20])
+def test_one_step_serves_any_number_of_targets_with_a_head_each(number, monkeypatch):
+    model, seen = load("tiny-unet"), []
+
+    class Listening(Opponent):
+        def learn(self, asked: Tensor, twin: Tensor, t: Tensor, head: Tensor) -> float:
+            assert self.net.heads.out_features == number and len(asked) == len(twin) == len(head)
+            before = self.net.heads.weight.clone()
+            told = super().learn(asked, twin, t, head)
+            seen.append((set(head.tolist()), set((self.net.heads.weight != before).any(1).nonzero()[:, 0].tolist())))
+            return told
+
+    monkeypatch.setattr("expunge.ops.game.Opponent", Listening)
+    request = Request(target=tuple(Concept.of(word) for word in WORDS[:number]), anchor=(None,) * number)
+    plan = {**BRIEF, "steps": 1, "pairs": 40, "batch": 24, "templates": ("a {}",), "pictures": number, "turn": 1.0}
+    for method in (Score(**plan, share=0.25), Fade(**plan, share=0.25)):
+        log = Log()
+        patch = method.erase(model, request, log.run)
+        free = sum(weight.numel() for weight in model.select(method.group).values())
+        moved = sum(int((delta != 0).sum()) for delta in patch.deltas.values())
+        assert 0 < moved <= round(0.25 * free)
+        assert all(math.isfinite(values[0]) for values in log.rows.values())
+    for asked, learned in seen:  # only heads whose concept was drawn have learned, in 24 draws of 20 more than a few
+        assert asked == learned and len(asked) > number / 4 and max(asked) < number

@@ -66,6 +66,8 @@ class Game:
     the twin, from the same noise. retained, unconditional, early: ‖f − f_0‖² under retained sentences and "" on the
     frozen model's paths, and under the target's before `turn`. L_dir = ‖f(target) − (n − strength · (c − n))‖², n and c
     the frozen model's predictions under twin and target, in the first `warm` share of the steps.
+    The number of steps ends the game, not a discriminator whose cross-entropy has come up to ln 2: one that has not
+    learned yet is there as well, and what can be guessed is for a fresh one to say, after the training (`certify`).
     """
 
     form: Form

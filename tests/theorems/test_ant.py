@@ -10,13 +10,16 @@ from expunge.methods.finetune.ant import ANT
 from expunge.models.load import load
 from expunge.ops import fit as fitting
 from expunge.ops.fusion import fused, window_gram
+from expunge.ops.rows import pick_state
 from expunge.ops.saliency import common
 from expunge.ops.student import Student
+from expunge.ops.trajectory import predict_each
 from expunge.patches.lowrank import product
 from expunge.patches.operator import SharedEdit
 
 BRIEF = {"steps": 2, "pool": 8, "walk": 4, "maps": 1, "batch": 8}
 BERRY = Request.of("strawberry")
+EVEN = {"early": 1.0, "uncond_late": 0.1, "uncond_early": 0.1}
 
 
 def first_loss(monkeypatch: pytest.MonkeyPatch, **settings: float) -> tuple[float, Student]:
@@ -52,6 +55,35 @@ def test_the_mirrored_time_direction_erases_where_the_paper_keeps(monkeypatch):
     both, _ = first_loss(monkeypatch, turn=2.0)
     assert 0 < late < both
     assert late + mirrored == pytest.approx(both)
+
+
+def steered(reverse_time: bool) -> list[tuple[float, float]]:
+    """Train 50 steps with t' = 0.5; on new states, early then late, compare with the frozen model's prediction.
+
+    ‖f(c) − c_0‖² / ‖c_0 − u‖², which is (1 + eta)² = 4 where the direction is fully reversed, and the cosine of
+    f(c) − u with c_0 − u.
+    """
+    model = load("tiny-unet")
+    method = ANT(steps=50, pool=64, walk=10, maps=0, batch=8, lr=1e-3, turn=0.5, reverse_time=reverse_time, **EVEN)
+    student = method.erase(model, BERRY, Run()).on(model)
+    states = model.visit(model.encode(["strawberry"] * 64), rng=Run(seed=9).rng("new"), guidance_scale=3.0, steps=10)
+    found = []
+    for side in (states.t >= 0.5, states.t < 0.5):
+        state = pick_state(states, side.nonzero()[:, 0])
+        rows = [model.encode([text] * len(state.x)) for text in ("", "strawberry")]
+        with torch.no_grad():
+            (u, c), (_, told) = predict_each(model, state, rows), predict_each(student, state, rows)
+        apart = model.distance(told, c).mean() / model.distance(c, u).mean()
+        found.append((float(apart), float(torch.cosine_similarity((told - u).flatten(1), (c - u).flatten(1)).mean())))
+    return found
+
+
+@pytest.mark.parametrize("reverse_time", [False, True])
+def test_training_keeps_early_states_and_reverses_late_ones_and_mirrored_the_opposite(reverse_time):
+    early, late = steered(reverse_time)
+    (kept, along), (turned, against) = (late, early) if reverse_time else (early, late)
+    assert kept < 1 < 2 < turned
+    assert against < -0.3 < 0.3 < along
 
 
 def test_the_unconditional_prediction_is_taught(monkeypatch):

@@ -59,6 +59,22 @@ def test_a_toy_that_draws_noise_fails_its_controls_with_exit_code_3(run: Path, s
     assert "pictures with prompts_sha256" in expunge(*words, "--seed", 1).complaint()
 
 
+def test_paths_of_a_noisy_sampler_are_compared_and_the_word_vacuous_stands_where_nothing_is_bounded(
+    run: Path, suite: Path, lines: Path, expunge
+):
+    words = ("certify", run, "--concept", "red", "--level", "quick", "--suite", suite, "--prompts", lines)
+    found = expunge(*words, "--noise-floor", 0.05, "--path")
+    assert found.code == 3, found
+    row = json.loads((run / "leakage" / "red" / "certificate.json").read_text())
+    assert row["scope"]["sampler"].startswith("AncestralScheduler") and row["scope"]["sampler"].endswith("floor 0.05")
+    path = row["path"]
+    assert path["kl10"] > 0 and path["kl01"] > 0 and path["base_ratio"] not in (0, 1, None)
+    assert path["vacuous"] == (path["I_hi"] >= 1) == ("vacuous" in found.err)
+    assert f"divergence {path['base_ratio']:.2g} of the base model's" in found.err
+    # the same pictures were not drawn by the model's own sampler
+    assert "pictures with model_sha256" in expunge(*words).complaint()
+
+
 def test_what_cannot_be_certified_is_refused_before_anything_is_drawn(
     run: Path, suite: Path, lines: Path, expunge, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ):
@@ -80,7 +96,11 @@ def test_what_cannot_be_certified_is_refused_before_anything_is_drawn(
     assert "no packaged suite" in expunge("certify", run, "--concept", "red").complaint()
     assert "no artifact" in expunge("certify", "tiny-unet", "--concept", "red", "--suite", suite).complaint()
     assert "phrase of the concept" in expunge(*words, "--prompts", lines, "--anchor", "red").complaint()
-    assert "stochastic sampler" in expunge(*words, "--prompts", lines, "--path").complaint()
+    assert (
+        "DDIMScheduler has none there: draw with --noise-floor"
+        in expunge(*words, "--prompts", lines, "--path").complaint()
+    )
+    assert "noise floor is 2.0" in expunge(*words, "--prompts", lines, "--noise-floor", 2).complaint()
 
     def uncalibrated(self: Colour, concept: Concept) -> OperatingPoint | None:
         return None

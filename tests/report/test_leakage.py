@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from expunge.core.errors import InputError
-from expunge.leakage.record import LeakageCertificate
+from expunge.leakage.record import LeakageCertificate, PathRow
 from expunge.report import words
 from expunge.report.page import render
 from expunge.stages import _leakage
@@ -72,6 +72,15 @@ def test_an_upper_bound_on_the_page_is_one_of_the_grammar(folder: Path) -> None:
     assert text.count("≤") == 1 and "names its scope says “≤”" in text
     for forbidden in ("provably", "independent of the concept", "guarantee"):
         assert forbidden not in text
+
+
+@pytest.mark.parametrize("bits, said", [(0.031, "at most 0.031 bit, est"), (1.0, "at most 1 bit, vacuous, est")])
+def test_a_path_row_says_what_it_bounds_and_when_that_is_nothing(bits: float, said: str, folder: Path) -> None:
+    row = PathRow(kl10=0.04, kl01=0.05, I_hi=bits, vacuous=bits >= 1, base_ratio=0.25)
+    certify(folder, replace(made(bits=0.1), path=row))
+    text = plain(render(folder))
+    assert said in text and "divergence 0.25 of the base model's" in text.replace("’", "'")
+    assert ("vacuous" in text) == (bits >= 1)
 
 
 def test_a_failed_control_shows_the_reason_and_no_picture(folder: Path) -> None:

@@ -10,12 +10,20 @@ from expunge.cli.options import Device, Json, Seed
 from expunge.cli.places import place
 from expunge.core.errors import InputError
 from expunge.leakage.twins import Level
+from expunge.report import words
 from expunge.suites.load import Suite, catalogue, load
 
 if TYPE_CHECKING:
     from expunge.leakage.record import LeakageCertificate
 
 FAILED_CONTROL = 3
+Floor = Annotated[
+    float,
+    typer.Option(
+        help="U-Nets: draw by the ancestral sampler, each step noisy by at least this deviation of the latents, for "
+        "example 0.05. Default: the model's own sampler."
+    ),
+]
 
 
 def certify(
@@ -42,8 +50,9 @@ def certify(
         list[str] | None, typer.Option(help="A name of `expunge list detectors`; repeat. Default: the suite's own.")
     ] = None,
     path: Annotated[
-        bool, typer.Option("--path", help="Ask for the path-KL bound; refused for samplers without noise in each step.")
+        bool, typer.Option("--path", help="Ask for the path-KL bound; needs noise in each step: --noise-floor.")
     ] = False,
+    noise_floor: Floor = 0.0,
     seed: Seed = 0,
     device: Device = "cpu",
     json: Json = False,
@@ -70,6 +79,7 @@ def certify(
         prompts=lines,
         detectors=tuple(detector or ()),
         path=path,
+        noise_floor=noise_floor,
         seed=seed,
     )
     with screen.progress() as progress:
@@ -102,6 +112,8 @@ def _show(screen: Out, found: "LeakageCertificate") -> None:
         screen.say(verdict.text)
     for line in found.controls.failed:
         screen.note(f"control failed: {line}")
+    if found.path is not None:
+        screen.note(f"path-KL: {words.path(found.path)}")
     scope = found.scope
     screen.note(
         f"about {scope.concept!r} against {scope.anchor!r}, erased with {scope.method}, {scope.n_prompts} prompts "

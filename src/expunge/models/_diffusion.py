@@ -5,6 +5,8 @@ a = alphas_cumprod[timestep], whatever space the scheduler steps in. `t` = times
 """
 
 import copy
+from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 from diffusers import DDIMScheduler, SchedulerMixin
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from expunge.core.errors import InputError
 from expunge.core.generator import State
+from expunge.models._ancestral import AncestralScheduler
 from expunge.models._denoiser import Denoiser
 
 PREDICTIONS = ("epsilon", "v_prediction")
@@ -30,9 +33,45 @@ SAMPLERS = (
 )
 """Schedulers whose state between two steps is known to lie at the timestep asked next; tests hold each to it."""
 
+Model = TypeVar("Model", bound="Diffusion")
+
 
 class Diffusion(Denoiser):
     """Noise levels and conversions of a variance-preserving diffusion."""
+
+    def ancestral(self: Model, floor: float) -> Model:
+        """Give this model with a sampler whose every step is noisy by at least `floor`, a deviation of its latents.
+
+        Raises InputError for a floor that is not above 0 and at most 1.
+        """
+        if not 0 < floor <= 1:
+            raise InputError(f"noise floor is {floor}; legal: above 0, at most 1")
+        twin = copy.copy(self)
+        twin.scheduler = AncestralScheduler.over(self.scheduler, floor)
+        return twin
+
+    @torch.no_grad()
+    def path_gaps(
+        self, prompts: Sequence[str], others: Sequence[str], *, seeds: Sequence[int], guidance_scale: float, steps: int
+    ) -> tuple[Float[Tensor, "b t"], Float[Tensor, "t"]]:
+        """Walk as `generate` does under `prompts`, and say how far each step's mean is from that under `others`.
+
+        Gives |mu_t(x_t, prompt) - mu_t(x_t, other)|, guidance and guards included, and each step's deviation s_t.
+        Raises InputError for a sampler that is not ancestral.
+        """
+        scheduler = self._started(steps)
+        if not isinstance(scheduler, AncestralScheduler):
+            raise InputError(f"{type(scheduler).__name__} has no noise in every step; legal: the ancestral sampler")
+        sides = [self._pair(self.encode(texts), self.encode([""])) for texts in (prompts, others)]
+        rngs = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        x, gaps, noise = self._start(scheduler, self._noise(len(prompts), rngs)), [], []
+        for timestep in scheduler.timesteps:
+            preds = [self._guided(x, timestep, cond, uncond, guidance_scale) for cond, uncond in sides]
+            (mean, spread), (other, _) = (scheduler.law(pred, timestep, x) for pred in preds)
+            gaps.append((mean - other).flatten(1).double().norm(dim=1))
+            noise.append(spread)
+            x = scheduler.drawn(mean, spread, rngs).to(x.dtype)
+        return torch.stack(gaps, dim=1).cpu(), torch.tensor(noise, dtype=torch.float64)
 
     def noised(self, clean: Float[Tensor, "b c h w"], *, rng: torch.Generator) -> State:
         """Noise clean latents to a uniformly drawn level of the training schedule.

@@ -74,6 +74,7 @@ def _open(high: float) -> str:
 def _facts(found: LeakageCertificate) -> list[tuple[str, str]]:
     scope, controls = found.scope, found.controls
     limit = "none" if controls.spike_limit is None else words.per_cent(controls.spike_limit)
+    paths = [] if found.path is None else [("Paths of the noisy sampler", words.path(found.path))]
     return [
         ("Compared with", scope.anchor),
         ("Twin prompts", f"{scope.n_prompts}, {scope.tier}; hash {scope.prompts_hash[:12]}"),
@@ -84,6 +85,7 @@ def _facts(found: LeakageCertificate) -> list[tuple[str, str]]:
         *_coin(found),
         ("Two arms that are alike", f"p = {controls.null_p:.2g}"),
         ("Level", f"{found.design.level}, {100 * (1 - found.design.delta):.0f} % per sentence"),
+        *paths,
     ]
 
 

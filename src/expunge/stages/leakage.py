@@ -1,6 +1,6 @@
 """Leakage: an artifact's pictures of a concept against those of its anchor → a leakage certificate."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from expunge.core.concept import Concept
@@ -11,13 +11,14 @@ from expunge.core.measure import Detector
 from expunge.core.records import OperatingPoint
 from expunge.leakage.attack import about, attack_rows
 from expunge.leakage.lower import CLIP
-from expunge.leakage.record import DELTA, AttackRow, Design, LeakageCertificate, Scope, Structural
+from expunge.leakage.record import DELTA, AttackRow, Design, LeakageCertificate, PathRow, Scope, Structural
 from expunge.leakage.twins import Level, Split, Twin, check_frames, digest, frames, twins
 from expunge.models.load import load as load_model
 from expunge.stages import _leakage, _outcomes, artifact
 from expunge.stages._arms import ARMS, Pictures, Plan
 from expunge.stages._gate import structural
 from expunge.stages._looks import Measured, Observers, measured
+from expunge.stages._path import path_row, walkable
 from expunge.stages._provenance import model_fingerprint
 from expunge.stages.score import load_detector
 from expunge.suites.load import Suite, Target
@@ -37,6 +38,8 @@ class Question:
     detectors: tuple[str, ...] = ()
     path: bool = False
     """Whether the path-KL bound is asked for."""
+    noise_floor: float = 0.0
+    """Above 0: draw by the ancestral sampler, its steps noisy by at least this; 0: by the model's own."""
     seed: int = 0
     batch: int = 8
 
@@ -80,6 +83,7 @@ def leakage(source: Path, question: Question, run: Run) -> LeakageCertificate:
     weakened = subject.observers.weakened(pictures, run)
     seen = measured(looks, weakened, subject.observers, subject.split, question.seed, run)
     found = _certificate(subject, seen, gate, attack_rows(attacks, DELTA))
+    found = replace(found, path=_path(subject, run))
     _leakage.write(folder, found)
     return found
 
@@ -115,20 +119,32 @@ def _subject(source: Path, question: Question, run: Run) -> Subject:
     pairs = twins(_lines(question), (target.concept.phrase, *target.synonyms), anchor, question.level, question.seed)
     judges = {name: load_detector(name) for name in question.detectors or suite.detectors}
     points = {name: _point(name, judge, target.concept) for name, judge in judges.items()}
-    base = load_model(made.card.base.name, device=run.device, dtype=made.card.run.dtype)
-    if question.path:
-        _check_noise(base)
+    base = _sampler(load_model(made.card.base.name, device=run.device, dtype=made.card.run.dtype), question)
     for twin in pairs:
         base.check_prompt(twin.concept)
         base.check_prompt(twin.anchor)
     return Subject(question, made, target, own.name, anchor, pairs, Observers(base, judges, points, target.concept))
 
 
-def _check_noise(base: Generator) -> None:
-    sampler = type(getattr(base, "scheduler", None)).__name__
-    raise InputError(
-        f"path-KL needs a stochastic sampler with noise in every step, the last one too; {sampler} has none there"
-    )
+def _sampler(base: Generator, question: Question) -> Generator:
+    """Give the base the sampler that is asked for."""
+    if question.noise_floor:
+        return walkable(base).ancestral(question.noise_floor)
+    if question.path:
+        sampler = type(getattr(base, "scheduler", None)).__name__
+        raise InputError(
+            f"path-KL needs a stochastic sampler with noise in every step, the last one too; {sampler} has none there: "
+            "draw with --noise-floor"
+        )
+    return base
+
+
+def _path(subject: Subject, run: Run) -> PathRow | None:
+    """Walk the pairs of the test split."""
+    if not subject.question.path:
+        return None
+    pairs, base = [subject.pairs[place] for place in subject.split.test], walkable(subject.observers.base)
+    return path_row(walkable(subject.made.on(base)), base, pairs, _plan(subject), run)
 
 
 def _lines(question: Question) -> tuple[str, ...]:
@@ -161,7 +177,7 @@ def _plan(subject: Subject) -> Plan:
 
 def _scope(subject: Subject) -> Scope:
     plan = _plan(subject)
-    scheduler = type(getattr(subject.observers.base, "scheduler", None)).__name__
+    scheduler, floor = type(getattr(subject.observers.base, "scheduler", None)).__name__, subject.question.noise_floor
     return Scope(
         model_hash=plan.model_sha256,
         patch_hash=plan.patch_sha256,
@@ -173,7 +189,7 @@ def _scope(subject: Subject) -> Scope:
         threat="prompts",
         attack="none",
         budget="none",
-        sampler=f"{scheduler}, {plan.steps} steps",
+        sampler=f"{scheduler}, {plan.steps} steps" + (f", noise floor {floor:g}" if floor else ""),
         cfg=plan.guidance_scale,
         n_prompts=len(subject.pairs),
         images_per_prompt=1,

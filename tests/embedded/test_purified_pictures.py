@@ -19,6 +19,7 @@ from expunge.stages.sample import png
 
 UCE = "[model]\nname = 'emoji-unet'\n[method]\nname = 'uce'\n"
 BERRY = "[[target]]\nname = 'strawberry'\nanchor = {name = 'apple'}\n[[retain]]\nname = 'cherries'\n"
+ALL_BUT_ONE = "[model]\nname = 'emoji-unet'\n[method]\nname = 'all_but_one'\nsteps = 100\npool = 48\nwalk = 25\n"
 WALK = {"guidance_scale": 4.0, "steps": 30, "depth": 1.0}
 
 
@@ -62,6 +63,18 @@ def test_a_neighbour_stays(made: Path, tmp_path: Path) -> None:
         made, picture, "a flat picture of a cherries on a blue background", tmp_path / "out", Run(), **WALK
     )
     assert shows(after, "cherries")
+
+
+@pytest.mark.slow
+def test_a_trained_erasure_purifies_as_well_and_its_neighbour_stays(tmp_path: Path) -> None:
+    erase(parse(ALL_BUT_ONE + BERRY), tmp_path / "made", Run())
+    found = {}
+    for name in ("strawberry", "cherries"):
+        prompt, out = f"a flat picture of a {name} on a blue background", tmp_path / name
+        found[name] = purify(tmp_path / "made", real(name, tmp_path), prompt, out, Run(), **WALK)
+    assert all(shows(before, name) for name, (before, _) in found.items())
+    assert not shows(found["strawberry"][1], "strawberry")
+    assert shows(found["cherries"][1], "cherries")
 
 
 def test_what_is_no_picture_is_refused_in_a_line(made: Path, tmp_path: Path) -> None:

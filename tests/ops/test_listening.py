@@ -91,6 +91,6 @@ def test_scenes_are_of_the_seed_and_their_masks_of_the_latent_s_size() -> None:
     one, two, other = (Scenes.drawn(model, lines, Run(seed=seed), guidance_scale=2.0, steps=2) for seed in (0, 0, 1))
     assert torch.equal(one.images, two.images) and not torch.equal(one.images, other.images)
     assert torch.equal(one.clean, model.absorb(one.images))
-    masks = one.masks(model, "attention", None, 0.5, "middle", Run())
+    masks = one.masks(model, "attention", 0.5, "middle", Run())
     assert masks.shape == (4, 8, 8) and bool(masks.flatten(1).any(1).all()) and not bool(masks.all())
-    assert bool(one.masks(model, "whole", None, 0.5, "middle", Run()).all())
+    assert bool(one.masks(model, "whole", 0.5, "middle", Run()).all())

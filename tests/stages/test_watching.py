@@ -88,6 +88,9 @@ def test_a_budget_that_the_first_look_finds_spent_leaves_nothing_behind(tmp_path
     with pytest.raises(InputError, match=r"after 3 steps, at the first look: collateral change .*, budget 1e-12"):
         erase(recipe(1e-12), tmp_path / "out", Run())
     assert not (tmp_path / "out").exists()
+    with pytest.raises(InputError, match="at the first look"):
+        erase(recipe(1e-12), tmp_path / "seen", Run(), preview=2)
+    assert [each.name for each in (tmp_path / "seen").iterdir()] == ["preview"]  # but what was drawn by then
 
 
 def test_what_trains_nothing_has_no_budget(tmp_path: Path):

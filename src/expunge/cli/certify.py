@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from expunge.leakage.record import LeakageCertificate
 
 FAILED_CONTROL = 3
+Lines = Annotated[
+    Path | None, typer.Option(dir_okay=False, help="Sentences with one {}, one a line, in place of the default ones.")
+]
 Floor = Annotated[
     float,
     typer.Option(
@@ -42,10 +45,7 @@ def certify(
     anchor: Annotated[
         str, typer.Option(help="What the twins ask for. Default: where the concept was sent, or the suite's anchor.")
     ] = "",
-    prompts: Annotated[
-        Path | None,
-        typer.Option(dir_okay=False, help="Sentences with one {}, one a line, in place of the default ones."),
-    ] = None,
+    prompts: Lines = None,
     detector: Annotated[
         list[str] | None, typer.Option(help="A name of `expunge list detectors`; repeat. Default: the suite's own.")
     ] = None,
@@ -113,7 +113,8 @@ def _show(screen: Out, found: "LeakageCertificate") -> None:
     for line in found.controls.failed:
         screen.note(f"control failed: {line}")
     if found.path is not None:
-        screen.note(f"path-KL: {words.path(found.path)}")
+        row = found.path
+        screen.note(f"path-KL: {words.path(row.I_hi, row.base_ratio, vacuous=row.vacuous)}")
     scope = found.scope
     screen.note(
         f"about {scope.concept!r} against {scope.anchor!r}, erased with {scope.method}, {scope.n_prompts} prompts "

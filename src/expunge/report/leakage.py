@@ -74,7 +74,9 @@ def _open(high: float) -> str:
 def _facts(found: LeakageCertificate) -> list[tuple[str, str]]:
     scope, controls = found.scope, found.controls
     limit = "none" if controls.spike_limit is None else words.per_cent(controls.spike_limit)
-    paths = [] if found.path is None else [("Paths of the noisy sampler", words.path(found.path))]
+    row, paths = found.path, list[tuple[str, str]]()
+    if row is not None:
+        paths = [("Paths of the noisy sampler", words.path(row.I_hi, row.base_ratio, vacuous=row.vacuous))]
     return [
         ("Compared with", scope.anchor),
         ("Twin prompts", f"{scope.n_prompts}, {scope.tier}; hash {scope.prompts_hash[:12]}"),

@@ -1,7 +1,6 @@
 """The sentences of the page that do not depend on a run, and numbers as words."""
 
 from expunge.core.records import Estimate
-from expunge.leakage.record import PathRow
 
 RATES = {
     "target_rate": "Target",
@@ -126,10 +125,10 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def path(row: PathRow) -> str:
-    """Say what a path row bounds, with the word vacuous where it is nothing, and its share of the base model's."""
-    bound = "1 bit, vacuous" if row.vacuous else f"{row.I_hi:.2g} bit"
-    share = "" if row.base_ratio is None else f"; divergence {row.base_ratio:.2g} of the base model's"
+def path(bits: float, ratio: float | None, *, vacuous: bool) -> str:
+    """Say what a path row bounds, with the word vacuous where it is nothing, and its ratio to the base model's."""
+    bound = "1 bit, vacuous" if vacuous else f"{bits:.2g} bit"
+    share = "" if ratio is None else f"; divergence {ratio:.2g} of the base model's"
     return f"at most {bound}, estimated over these prompts{share}"
 
 

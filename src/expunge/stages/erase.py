@@ -74,7 +74,7 @@ def erase(
         _trained(job, seen, run, training, 0, unseen)
         return folder
     made_by, fresh, start = code(recorded=recorded), not out.exists(), time.monotonic()
-    _begun(recipe, out)
+    _begun(recipe, out, training)
     with _withdrawn(out, training, fresh):
         patch = _trained(job, seen, run, training, preview, show)
     whole = _chain.after(before.card, before.patch, said, patch) if before else patch
@@ -93,10 +93,11 @@ def _loaded(choice: ModelChoice, run: Run, *, checkpointing: bool, offload: bool
     return model
 
 
-def _begun(recipe: Recipe, out: Path) -> None:
+def _begun(recipe: Recipe, out: Path, training: Training) -> None:
     """Leave the recipe in the folder, and nothing of a killed writer."""
     out.mkdir(parents=True, exist_ok=True)
-    _files.sweep(out)
+    for folder in (out, training.folder):
+        _files.sweep(folder)
     recipe.write(out / "recipe.toml")
 
 

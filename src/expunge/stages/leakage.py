@@ -1,6 +1,6 @@
 """Leakage: an artifact's pictures of a concept against those of its anchor → a leakage certificate."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from expunge.core.concept import Concept
@@ -82,14 +82,14 @@ def leakage(source: Path, question: Question, run: Run) -> LeakageCertificate:
     looks = {arm: subject.observers.look(pictures, arm, run) for arm in ARMS}
     weakened = subject.observers.weakened(pictures, run)
     seen = measured(looks, weakened, subject.observers, subject.split, question.seed, run)
-    found = _certificate(subject, seen, gate, attack_rows(attacks, DELTA))
-    found = replace(found, path=_path(subject, run))
+    path = _path(subject, erased, run)
+    found = _certificate(subject, seen, gate, path, attack_rows(attacks, DELTA))
     _leakage.write(folder, found)
     return found
 
 
 def _certificate(
-    subject: Subject, seen: Measured, gate: Structural, attacks: tuple[AttackRow, ...]
+    subject: Subject, seen: Measured, gate: Structural, path: PathRow | None, attacks: tuple[AttackRow, ...]
 ) -> LeakageCertificate:
     return LeakageCertificate(
         scope=_scope(subject),
@@ -99,7 +99,7 @@ def _certificate(
         detector=seen.detector,
         family=seen.family,
         structural=gate,
-        path=None,
+        path=path,
         attack=attacks,
         controls=seen.controls,
     )
@@ -139,12 +139,12 @@ def _sampler(base: Generator, question: Question) -> Generator:
     return base
 
 
-def _path(subject: Subject, run: Run) -> PathRow | None:
+def _path(subject: Subject, erased: Generator, run: Run) -> PathRow | None:
     """Walk the pairs of the test split."""
     if not subject.question.path:
         return None
     pairs, base = [subject.pairs[place] for place in subject.split.test], walkable(subject.observers.base)
-    return path_row(walkable(subject.made.on(base)), base, pairs, _plan(subject), run)
+    return path_row(walkable(erased), base, pairs, _plan(subject), run)
 
 
 def _lines(question: Question) -> tuple[str, ...]:

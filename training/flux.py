@@ -191,7 +191,7 @@ def distillation(
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step, rank)
         with loop.mixed():
-            sides = straight(share // 2, random), walked.draw(share - share // 2, random)
+            sides = straight(share // 2, random), walked.draw(share - share // 2, random, step)
             x, t, scale, goal = (torch.cat([side[k] for side in sides]) for k in (0, 1, 2, 4))
             v = learned(x, t, sides[0][3] + sides[1][3], scale)
         return (v - goal).pow(2).mean()

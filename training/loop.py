@@ -31,7 +31,11 @@ def save(tensors: dict[str, Tensor], path: Path, step: int) -> None:
     """Write tensors and step whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
-    save_file({name: t.detach().clone() for name, t in tensors.items()}, scratch, metadata={"step": str(step)})
+    save_file(
+        {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
+        scratch,
+        metadata={"step": str(step)},
+    )
     with scratch.open("rb") as file:
         os.fsync(file.fileno())
     scratch.replace(path)

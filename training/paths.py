@@ -12,6 +12,7 @@ from torch import Tensor
 
 STEPS = 25  # of a walk, each at a place of its own: between two steps a student is asked nowhere
 ROOM = 16_384  # lessons kept by one process
+RARE = 100  # steps between two walks, all processes at once: of 32 paths a lesson is then met twice, at 16 a step
 
 Answer = Callable[[Tensor, Tensor, list[str], Tensor], Tensor]
 """Velocity at states "b n d", levels "b", under captions and scales "b"."""
@@ -25,9 +26,9 @@ class Paths:
         self.teacher, self.student, self.captions = teacher, student, captions
         self.kept: list[tuple[Tensor, Tensor, Tensor, str, Tensor]] = []
 
-    def draw(self, n: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
+    def draw(self, n: int, random: torch.Generator, step: int) -> tuple[Tensor, Tensor, Tensor, list[str], Tensor]:
         """States, levels, scales, captions and velocities of n lessons; new paths first where too few are known."""
-        if len(self.kept) < ROOM // 2 or int(torch.randint(STEPS, (1,), generator=random)) == 0:
+        if len(self.kept) < ROOM // 4 or step % RARE == 0:
             self.kept = (self.kept + self.walk(random))[-ROOM:]
         chosen = [self.kept[int(i)] for i in torch.randint(len(self.kept), (n,), generator=random)]
         x, t, scale, captions, v = zip(*chosen, strict=True)

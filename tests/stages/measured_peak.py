@@ -31,7 +31,8 @@ def planned(model: str, method: str, options: dict) -> Recipe:
 
 def measure(model: str, method: str, options: dict, folder: Path) -> int:
     # what libraries load and allocate on first use is theirs, not the erasure's
-    erase(planned("tiny-unet", method, options), folder / "warm", Run(), recorded=False)
+    toy = "tiny-flux" if "flux" in model else "tiny-unet"
+    erase(planned(toy, method, options), folder / "warm", Run(), recorded=False)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
     erase(planned(model, method, options), folder / "run", Run(), recorded=False)

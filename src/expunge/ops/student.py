@@ -106,7 +106,7 @@ class LowRankStudent(Learner):
         factors = {}
         for path in paths:
             weight = model.weight(path)
-            if weight.ndim != 2 or not isinstance(model.network.get_submodule(path.rpartition(".")[0]), nn.Linear):
+            if not is_linear(model, path):
                 raise InputError(f"{path} has shape {tuple(weight.shape)}; low rank is for matrices of linear maps")
             down = (torch.randn(rank, weight.shape[1], generator=rng) / rank).to(weight.device)
             up = torch.zeros(weight.shape[0], rank, device=weight.device)
@@ -137,6 +137,27 @@ class LowRankStudent(Learner):
         """Freeze what was learned; matrices whose B is still zero are left out."""
         moved = {path: pair for path, pair in self._factors.items() if bool(pair[1].any())}
         return LowRankPatch({path: (down.clone(), up.clone()) for path, (down, up) in moved.items()})
+
+
+def trainable(model: Generator, group: Group, *, rank: int, rng: torch.Generator) -> Student | LowRankStudent:
+    """Copy a group whole, or for rank > 0 lay factors over the matrices of its linear maps and leave the rest frozen.
+
+    Raises InputError for a family without the group, a group without such matrices, and a negative rank.
+    """
+    if rank < 0:
+        raise InputError(f"rank is {rank}; legal: 0 for whole tensors, and above")
+    if rank == 0:
+        return Student.of(model, group)
+    linear = [path for path in _chosen(model, group) if is_linear(model, path)]
+    if not linear:
+        raise InputError(f"group {group!r} of {model.name!r} has no matrix of a linear map; legal: rank 0")
+    return LowRankStudent.of(model, linear, rank=rank, rng=rng)
+
+
+def is_linear(model: Generator, path: str) -> bool:
+    """Whether a tensor is the matrix of a linear map, over which factors can lie."""
+    owner, _, name = path.rpartition(".")
+    return name == "weight" and isinstance(model.network.get_submodule(owner), nn.Linear)
 
 
 def _chosen(model: Generator, group: Group) -> dict[str, Tensor]:

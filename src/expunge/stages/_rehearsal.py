@@ -122,7 +122,8 @@ class Rehearsal(TorchDispatchMode):
         args, named = tree_unflatten(flat, spec)
         sample = next((item for item in flat if isinstance(item, Tensor)), None)
         sample = func(*args, **named) if sample is None else sample
-        if _stays_real(sample):
+        trained = any(isinstance(item, Tensor) and item.requires_grad for item in flat)
+        if _stays_real(sample) and not trained:
             args, named = tree_unflatten([_real(item) for item in flat], spec)
             return func(*args, **named)
         return self._counted(func(*args, **named))

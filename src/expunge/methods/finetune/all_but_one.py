@@ -15,9 +15,10 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
 from expunge.ops.rows import at_scales
-from expunge.ops.student import Student
+from expunge.ops.student import trainable
 from expunge.ops.surgery import surgical
 from expunge.ops.trajectory import Goals, Walk, predict_each
+from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 
 
@@ -40,6 +41,9 @@ class AllButOne(Eraser):
     """What is trained. Every choice moves the empty prompt's prediction too, so the second term is not vacuous, but for
     cross_kv where the empty prompt is encoded as zeros (SDXL)."""
 
+    rank: int = 0
+    """Of factors over the group's linear maps (LoRA), all else frozen; 0: whole tensors. Factors want a larger lr."""
+
     constraint: Literal["penalty", "projection", "lagrangian"] = "penalty"
     """How the drift is held. penalty: the sum above. projection: the first gradient u loses its part against the
     second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then + drift_weight · v. lagrangian: drift_weight is the starting value of
@@ -53,8 +57,7 @@ class AllButOne(Eraser):
 
     grad_through_uncond: bool = True
     """Whether eps_student("") inside g carries gradient. Off, the first term is no gradient of anything: the
-    conditional branch chases an unconditional one that shared weights drag along. On toy U-Nets that left more drift
-    and no better guidance at every drift_weight tried, more than twice the drift at 0."""
+    conditional branch chases an unconditional one that shared weights drag along; on toy U-Nets, more drift."""
 
     retain_weight: float = 1.0
     """Weight of ‖ g_student(r) − g(r) ‖² at the target's states, retained prompts r taking turns; 0 leaves it out."""
@@ -94,9 +97,9 @@ class AllButOne(Eraser):
         """Whether the retained term has any weight."""
         return self.retain_weight != 0
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of full weight deltas on `group`; logs the drift of the unconditional prediction at every step."""
-        student = Student.of(model, self.group)
+    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch | LowRankPatch:
+        """Patch of differences, or factors, on `group`; logs the drift of the unconditional prediction every step."""
+        student = trainable(model, self.group, rank=self.rank, rng=run.rng("factors"))
         kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retains else []
         plan = [(target, anchor, other) for target, anchor in request.pairs for other in kept or [""]]
         texts = zip(*((t, a or t, r, "") for t, a, r in plan), strict=True)

@@ -13,8 +13,9 @@ from expunge.core.eraser import Eraser, Run
 from expunge.core.generator import Family, Generator, State
 from expunge.ops.fit import fit
 from expunge.ops.rows import at_scales
-from expunge.ops.student import Student
+from expunge.ops.student import trainable
 from expunge.ops.trajectory import Goals, Walk
+from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 
 
@@ -43,6 +44,10 @@ class ESD(Eraser):
     group: Literal["cross_attention", "non_cross_attention", "cross_kv", "all"] = "non_cross_attention"
     """What is trained. The paper: ESD-u (non_cross_attention) for objects and nudity, ESD-x (cross_attention) for
     styles. ESD-x-strict (cross_kv) and all come from the authors' later code."""
+
+    rank: int = 0
+    """Of factors over the group's linear maps (LoRA), everything else frozen; 0, the paper: whole tensors. Factors
+    start at zero change, so they want larger steps, such as lr 1e-3."""
 
     strength: float = 1.0
     """eta in goal = u − eta · (c − u). 0: the target becomes the empty prompt; −1: nothing changes. The paper: 1, up
@@ -77,9 +82,9 @@ class ESD(Eraser):
     batch: int = 4
     """States per step. The paper: 1."""
 
-    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch:
-        """Patch of full weight deltas on `group` after `steps` steps."""
-        student = Student.of(model, self.group)
+    def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch | LowRankPatch:
+        """Patch of differences, or factors for a rank, on `group` after `steps` steps."""
+        student = trainable(model, self.group, rank=self.rank, rng=run.rng("factors"))
         phrases = [phrase for phrase, _ in request.pairs]
         first = torch.zeros(len(phrases), dtype=torch.long)
         target = at_scales(model.encode(phrases), self.embedded_scales)

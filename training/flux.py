@@ -242,7 +242,9 @@ def work(rank: int, args: argparse.Namespace) -> None:
     """Train as one of `args.processes`, gradients averaged."""
     loop.join(rank, args.processes)
     torch.manual_seed(args.seed)
-    tokenizer = learn_tokenizer(args.cache)
+    # learnt anew, rare signs get other numbers than those the encoder knows
+    shipped, known = release.EMBEDDED / NAMES[False] / "tokenizer_2", args.start or args.distil
+    tokenizer = T5TokenizerFast.from_pretrained(shipped) if known else learn_tokenizer(args.cache)
     net = FluxNet(len(tokenizer), distilled=args.distil)
     if args.start:
         net.load_state_dict(finished(tokenizer, distilled=args.distil).state_dict())

@@ -3,7 +3,7 @@
 Both methods erase the same targets with growing numbers of steps. After each, the target's rate on the suite's own
 cases is judged and the drift mean ||eps_erased(x_t, t, "") - eps_base(x_t, t, "")||^2 is taken on 32 states of the
 base model's own unconditional path. Equal erasure: for each method the first step count at which the target rate is
-at or below LIMIT.
+at or below LIMIT. --methods climbs with one of the two again; the other's rungs stay as results/drift.json has them.
 """
 
 import argparse
@@ -80,10 +80,18 @@ def climb(pair: tuple[str, str], model_name: str, suite_name: str) -> list[Point
     return points
 
 
+def held(file: Path, args: argparse.Namespace) -> list[Point]:
+    """Rungs of an earlier run on the same model and suite that this one does not climb again."""
+    facts = json.loads(file.read_text()) if file.exists() else {}
+    if (facts.get("model"), facts.get("suite")) != (args.model, args.suite):
+        return []
+    return [point for row in facts["points"] if (point := Point(**row)).method not in args.methods]
+
+
 def table(points: Sequence[Point], targets: Sequence[str]) -> list[tuple[str, Point, Point]]:
     """For each target, the last rung of both methods."""
     last = {(p.method, p.target): p for p in points}
-    return [(t, *(last[m, t] for m in METHODS)) for t in targets]
+    return [(t, *(last[m, t] for m in METHODS)) for t in targets if all((m, t) in last for m in METHODS)]
 
 
 def main() -> None:
@@ -92,13 +100,15 @@ def main() -> None:
     parser.add_argument("--model", default="emoji-unet")
     parser.add_argument("--suite", default="objects")
     parser.add_argument("--targets", nargs="*", default=[])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
     targets = args.targets or [target.concept.name for target in load_suite(args.suite).targets]
-    pairs = [(method, target) for target in targets for method in METHODS]
+    pairs = [(method, target) for target in targets for method in args.methods]
     with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
         climbed = pool.map(partial(climb, model_name=args.model, suite_name=args.suite), pairs, chunksize=1)
-    points = [point for rungs in climbed for point in rungs]
+    file = RESULTS / "drift.json"
+    points = [*held(file, args), *(point for rungs in climbed for point in rungs)]
     print(
         f"drift of the unconditional prediction where the target rate first falls to {LIMIT:.0%} (no anchor, n=30 each)"
     )
@@ -107,8 +117,7 @@ def main() -> None:
         print(f"{target:12} {'   '.join(cells)}")
     facts = {"model": args.model, "suite": args.suite, "limit": LIMIT, "detector": "judge_cnn", "seed": 0}
     facts |= {"machine": platform.machine(), "torch": torch.__version__, "points": [vars(p) for p in points]}
-    RESULTS.mkdir(exist_ok=True)
-    (RESULTS / "drift.json").write_text(json.dumps(facts, indent=1) + "\n")
+    file.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "uce": {"ridge": 1e-9, "retain_weight": 0.0},
     "dve": {"threshold": 0.0},
     "esd": TRAINED,
-    "all_but_one": {**TRAINED, "steps": 120},
+    "all_but_one": TRAINED,
     "erase_anything": {**TRAINED, "steps": 60, "lr": 2e-2, "keep_lr": 1e-4, "pictures": 3},
 }
 CLOSED = {"uce": 1e-3, "dve": 1e-3}  # uce acts before the scale enters, dve asks at the sampler's own: exact at any

@@ -52,8 +52,8 @@ class AllButOne(Eraser):
     strength: float = 1.0
     """eta in g_goal = −eta · g(target), for targets without an alternative. 0: the guidance vanishes."""
 
-    drift_weight: float = 20.0
-    """Weight of the drift term. 0: the unconditional prediction is free (penalty only). Ours: 20."""
+    drift_weight: float = 1.0
+    """Weight of the drift term. 0: the unconditional prediction is free (penalty only). Ours: 1."""
 
     grad_through_uncond: bool = True
     """Whether eps_student("") inside g carries gradient. Off, the first term is no gradient of anything: the

@@ -158,7 +158,7 @@ def test_nothing_to_train_is_refused(tmp_path: Path, expunge, monkeypatch: pytes
         assert "group 'cross_kv' matches no parameter" in complaint and not (tmp_path / "run").exists()
     assert expunge(*words("esd", tmp_path / "all", tmp_path / "single", **BRIEF, group="all")).code == 0
     # a method that finds nothing by a way of its own does not get past the loop
-    monkeypatch.setattr("expunge.methods.finetune.esd.Student.of", lambda model, group: Student(model, {}))
+    monkeypatch.setattr("expunge.methods.finetune.esd.trainable", lambda model, *_, **__: Student(model, {}))
     complaint = expunge(*words("esd", tmp_path / "run", **BRIEF)).complaint()
     assert "nothing of 'tiny-unet' would be trained; choose a group" in complaint
     assert not (tmp_path / "run").exists()

@@ -56,6 +56,15 @@ def sentences(templates: Sequence[str], phrases: Sequence[str]) -> list[Wording]
     return [line for form in templates for line in wordings(form, phrases, 0.0, torch.Generator())]
 
 
+def framed(templates: Sequence[str], rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Put the phrases of every row into every template, template by template; "" says nothing in any of them.
+
+    Raises InputError without any template, and for a template without exactly one {}.
+    """
+    forms = sentences(templates, [""])
+    return [tuple(form.about(phrase).text if phrase else "" for phrase in row) for form in forms for row in rows]
+
+
 @dataclass(frozen=True)
 class Shown:
     """Encoded prompts with the positions of what each is about."""

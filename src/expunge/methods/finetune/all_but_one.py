@@ -18,6 +18,7 @@ from expunge.ops.rows import at_scales
 from expunge.ops.student import trainable
 from expunge.ops.surgery import surgical
 from expunge.ops.trajectory import Goals, Walk, predict_each
+from expunge.ops.wording import framed
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 
@@ -48,6 +49,9 @@ class AllButOne(Eraser):
     """How the drift is held. penalty: the sum above. projection: the first gradient u loses its part against the
     second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then + drift_weight · v. lagrangian: drift_weight is the starting value of
     a multiplier that rises by dual_lr · (drift − drift_budget) each step, never below 0."""
+
+    templates: tuple[str, ...] = ("{}",)
+    """Sentences around target, alternative and retained prompts."""
 
     strength: float = 1.0
     """eta in g_goal = −eta · g(target), for targets without an alternative. 0: the guidance vanishes."""
@@ -101,28 +105,24 @@ class AllButOne(Eraser):
         """Patch of differences, or factors, on `group`; logs the drift of the unconditional prediction every step."""
         student = trainable(model, self.group, rank=self.rank, rng=run.rng("factors"))
         kept = [prompt for concept in request.retain for prompt in concept.prompts] if self.retains else []
-        plan = [(target, anchor, other) for target, anchor in request.pairs for other in kept or [""]]
-        texts = zip(*((t, a or t, r, "") for t, a, r in plan), strict=True)
-        # heading: whose guidance the target is given, times scale
+        plan = framed(self.templates, [(*pair, other) for pair in request.pairs for other in kept or [""]])
+        texts = zip(*((t, a or t, r, "") for t, a, r in plan), strict=True)  # a or t: whose guidance t is given
         target, heading, other, uncond = (at_scales(model.encode(side), self.embedded_scales) for side in texts)
         scale = torch.tensor([1.0 if a else -self.strength for _, a, _ in plan]).repeat(len(target) // len(plan))
+        held = (other,) if kept else ()
 
         def teach(state: State, which: Tensor) -> Goals:
-            rows = (uncond, heading, other) if kept else (uncond, heading)
-            u, h, *r = predict_each(model, state, [cond.take(which) for cond in rows])
+            u, h, *r = predict_each(model, state, [cond.take(which) for cond in (uncond, heading, *held)])
             return u, scale[which].to(u).view(-1, *[1] * (u.ndim - 1)) * (h - u), *(p - u for p in r)
 
         walk = Walk(prompts=target, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
-        if self.trajectory == "teacher":
-            lesson = walk.pooled(model, teach, run, size=self.pool)
-        else:
-            lesson = walk.fresh(student.view, teach, run)
+        own = self.trajectory == "student"
+        lesson = walk.fresh(student.view, teach, run) if own else walk.pooled(model, teach, run, size=self.pool)
         multiplier = torch.tensor(self.drift_weight, dtype=torch.float64)
 
         def loss(step: int) -> Tensor:
             now = lesson(step)
-            rows = (uncond, target, other) if kept else (uncond, target)
-            preds = predict_each(student.view(), now.state, [cond.take(now.which) for cond in rows])
+            preds = predict_each(student.view(), now.state, [c.take(now.which) for c in (uncond, target, *held)])
             wish, drift = self.terms(model, preds, now.goals)
             for name, term in (("wish", wish), ("drift", drift)):
                 run.log(name, step // run.parts, term.item())

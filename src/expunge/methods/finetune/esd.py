@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Literal
 
-import torch
 from torch import Tensor
 
 from expunge.core.concept import Request
@@ -15,6 +14,7 @@ from expunge.ops.fit import fit
 from expunge.ops.rows import at_scales
 from expunge.ops.student import trainable
 from expunge.ops.trajectory import Goals, Walk
+from expunge.ops.wording import framed
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.weights import WeightPatch
 
@@ -57,6 +57,9 @@ class ESD(Eraser):
     """Remove the target only out of this phrase ("hat" from "cowboy"): the student is then trained under f = this
     phrase, toward goal = eps(f) − strength · (c − u). Empty: the target itself is erased."""
 
+    templates: tuple[str, ...] = ("{}",)
+    """Sentences the target, or `erase_from`, is erased in. The paper: the phrase alone."""
+
     trajectory: Literal["teacher", "student"] = "teacher"
     """Whose sampler makes the states. student, walked anew each step, is the paper's; teacher walks a pool once."""
 
@@ -85,11 +88,9 @@ class ESD(Eraser):
     def erase(self, model: Generator, request: Request, run: Run) -> WeightPatch | LowRankPatch:
         """Patch of differences, or factors for a rank, on `group` after `steps` steps."""
         student = trainable(model, self.group, rank=self.rank, rng=run.rng("factors"))
-        phrases = [phrase for phrase, _ in request.pairs]
-        first = torch.zeros(len(phrases), dtype=torch.long)
-        target = at_scales(model.encode(phrases), self.embedded_scales)
-        uncond = at_scales(model.encode([""]).take(first), self.embedded_scales)
-        base = at_scales(model.encode([self.erase_from]).take(first), self.embedded_scales)
+        rows = [(phrase, self.erase_from, "") for phrase, _ in request.pairs]
+        texts = zip(*framed(self.templates, rows), strict=True)
+        target, base, uncond = (at_scales(model.encode(side), self.embedded_scales) for side in texts)
         learner = base if self.erase_from else target
 
         def teach(state: State, which: Tensor) -> Goals:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from expunge.cli.console import Out
-from expunge.cli.erase import Dtype
+from expunge.cli.erase import Checkpointing, Dtype
 from expunge.cli.options import Json
 from expunge.models._names import settled, shape_names
 
@@ -33,6 +33,7 @@ def plan(
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Of the exports lora and kohya.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
+    checkpointing: Checkpointing = False,
     names: Annotated[bool, typer.Option("--names", help="Name every tensor that changes, one a line.")] = False,
     json: Json = False,
 ) -> None:
@@ -48,7 +49,7 @@ def plan(
 
         options = parsed(find("methods", method), settings or [])
         place = model if model in shape_names() else settled(model)
-        found = stage.plan(place, method, options, dtype=dtype, rank=rank)
+        found = stage.plan(place, method, options, dtype=dtype, rank=rank, checkpointing=checkpointing)
     screen.emit({**asdict(found), "peak": found.peak})
     screen.say(_title(found))
     if names:

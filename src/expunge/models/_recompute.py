@@ -1,11 +1,12 @@
 """Gradient checkpointing that knows views: a block is run again with the weights and hooks it was first run with."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import nn
 from torch.func import functional_call
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils.checkpoint import checkpoint
 
 from expunge.core.errors import InputError
@@ -17,14 +18,15 @@ def replayed(block: nn.Module, *inputs: Any) -> Any:
     """Run a block, forget its activations, and compute them again when its gradient is asked for.
 
     By then the view that called it has taken its weights back and removed its hooks, so torch's own checkpointing would
-    run the base network again, and say nothing. Here the block keeps what it saw: references, not copies. Meant for
-    diffusers' `enable_gradient_checkpointing`.
+    run the base network again, and say nothing. Here the block keeps what it saw: references, not copies. So for modes
+    of torch, which it takes off for the time of a backward pass. Meant for diffusers' `enable_gradient_checkpointing`.
     """
     weights = dict(block.named_parameters())
     hooks = [(module, hook) for module in block.modules() for hook in module._forward_hooks.values()]
+    modes = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
 
     def run(*again: Any) -> Any:
-        with _present(hooks):
+        with _present(hooks), _under(modes):
             return functional_call(block, weights, again)
 
     return checkpoint(run, *inputs, use_reentrant=False)
@@ -56,3 +58,14 @@ def _present(hooks: Installed) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def _under(modes: Sequence[TorchFunctionMode]) -> Iterator[None]:
+    """Enter the modes that are off."""
+    on = _get_current_function_mode_stack()  # type: ignore[no-untyped-call]
+    with ExitStack() as stack:
+        for mode in modes:
+            if not any(mode is other for other in on):
+                stack.enter_context(mode)
+        yield

@@ -102,9 +102,13 @@ def load(
     """
     name, place, kind = str(name_or_path), _device(device), _dtype(dtype)
     model = _generator(_pipeline(name, kind), name, place, offload=offload)
-    if checkpointing:
-        denoiser = model.unet if isinstance(model, UNetGenerator) else model.transformer
-        denoiser.enable_gradient_checkpointing(replayed)
+    return replaying(model) if checkpointing else model
+
+
+def replaying(model: Model) -> Model:
+    """Tell the denoiser's blocks of a model just opened to compute their activations again."""
+    denoiser = model.unet if isinstance(model, UNetGenerator) else model.transformer
+    denoiser.enable_gradient_checkpointing(replayed)
     return model
 
 

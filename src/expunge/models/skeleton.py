@@ -14,7 +14,7 @@ from expunge.models._folder import check_unquantised, read_json
 from expunge.models._names import EMBEDDED, SHAPES, TINY, embedded_names, model_names, shape_names
 from expunge.models._quiet import quiet
 from expunge.models._tiny_text import tiny_t5_tokenizer, tiny_tokenizer
-from expunge.models.load import _dtype, _generator, _part, assembled, parts_of
+from expunge.models.load import _dtype, _generator, _part, assembled, parts_of, replaying
 from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
@@ -22,22 +22,30 @@ from expunge.models.unet import UNetGenerator
 META = torch.device("meta")
 
 
-def skeleton(name_or_path: str | Path, *, dtype: torch.dtype | str | None = None) -> UNetGenerator | MMDiTGenerator:
+def skeleton(
+    name_or_path: str | Path, *, dtype: torch.dtype | str | None = None, checkpointing: bool = False
+) -> UNetGenerator | MMDiTGenerator:
     """Open a model without reading or making a single weight.
 
     A name of `shape_names` (published models, described in `models/shapes/`), any name that `load` knows, or a local
     diffusers folder, whose weight files may be absent. Tokenizers of named shapes are stand-ins: they split text in
-    their own way, windows and all tensors are the published model's. Raises InputError as `load` does.
+    their own way, windows and all tensors are the published model's. checkpointing: as `load` has it. Raises InputError
+    as `load` does.
     """
-    name, kind = str(name_or_path), _dtype(dtype)
+    name = str(name_or_path)
+    model = _generator(_bare(name, _dtype(dtype)), name, META)
+    return replaying(model) if checkpointing else model
+
+
+def _bare(name: str, dtype: torch.dtype) -> Pipeline:
     if name in shape_names():
-        return _generator(_described(read_json(SHAPES / f"{name}.json"), kind), name, META)
+        return _described(read_json(SHAPES / f"{name}.json"), dtype)
     if name in TINY:
-        return _generator(_stripped(tiny_pipeline(name, dtype=kind)), name, META)
-    folder = EMBEDDED / name if name in embedded_names() else Path(name_or_path)
+        return _stripped(tiny_pipeline(name, dtype=dtype))
+    folder = EMBEDDED / name if name in embedded_names() else Path(name)
     if not folder.is_dir():
         raise unknown("model", name, (*shape_names(), *model_names(), "a diffusers folder"))
-    return _generator(_folder(folder, kind), name, META)
+    return _folder(folder, dtype)
 
 
 def _stripped(pipeline: Pipeline) -> Pipeline:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator, Hook, State
@@ -30,6 +31,10 @@ def attention(query: Float[Tensor, "b h n d"], key: Float[Tensor, "b h m d"]) ->
     """softmax(q kᵀ / √d), head by head; every row sums to 1."""
     logits = query @ key.mT / query.shape[-1] ** 0.5
     return logits.float().softmax(-1)
+
+
+def _text_columns(query: Tensor, key: Tensor, length: int) -> Float[Tensor, "b h n l"]:
+    return attention(query, key)[..., :length].contiguous()  # a view would keep the rest
 
 
 def mass(maps: Float[Tensor, "b n l"], columns: Bool[Tensor, "b l"]) -> Float[Tensor, "b"]:
@@ -91,19 +96,32 @@ class Tap:
         paths = joint_attention(model)
         first: Any = model.network.get_submodule(paths[0])
         tap = cls(hooks=(), heads=first.heads)
-        positions = Hook(f"{paths[0].partition('.')[0]}.pos_embed", tap._positions)
+        positions = Hook(f"{paths[0].partition('.')[0]}.pos_embed", _rotations(tap.rotary))
         tap.hooks = (positions, *_listeners(tap, model, paths[-1 if blocks == "last" else 0 :]))
         return tap
 
     def text_maps(self) -> Float[Tensor, "b n l"]:
-        """Image rows by text columns, mean over heads and blocks; what a row lacks to 1 it pays to the image."""
-        return torch.stack([self._maps(parts, ("query",)).mean(1) for parts in self.seen.values()]).mean(0)
+        """Image rows by text columns, mean over heads and blocks; what a row lacks to 1 it pays to the image.
+
+        A map of everything to everything is whole for one head of one block at a time, and made again for gradients: at
+        4096 image positions all of them would be hundreds of GB.
+        """
+        return torch.stack([self._mean_map(parts) for parts in self.seen.values()]).mean(0)
 
     def head_maps(self) -> Float[Tensor, "k b h n l"]:
         """All rows, the text's own first, by text columns, for every block and head."""
         return torch.stack([self._maps(parts, ("asks", "query")) for parts in self.seen.values()])
 
+    def _mean_map(self, parts: Mapping[str, Tensor]) -> Float[Tensor, "b n l"]:
+        query, key, length = self._asking(parts, ("query",))
+        heads = zip(query.split(1, 1), key.split(1, 1), strict=True)
+        return torch.cat([checkpoint(_text_columns, q, k, length, use_reentrant=False) for q, k in heads], 1).mean(1)
+
     def _maps(self, parts: Mapping[str, Tensor], rows: tuple[str, ...]) -> Float[Tensor, "b h n l"]:
+        return _text_columns(*self._asking(parts, rows))
+
+    def _asking(self, parts: Mapping[str, Tensor], rows: tuple[str, ...]) -> tuple[Tensor, Tensor, int]:
+        """Queries of some rows "b h n d", keys of text and image "b h m d", the text's first, and the text's length."""
         sides = {role: self._heads(parts[role]) for role in (*rows, "text", "image")}
         length = sides["text"].shape[2]
         if self.rotary:  # text positions first
@@ -111,17 +129,13 @@ class Tap:
             place = {role: slice(None, length) if role in ("asks", "text") else slice(length, None) for role in sides}
             sides = {role: rotate(part, (cos[place[role]], sin[place[role]])) for role, part in sides.items()}
         query, key = (torch.cat([sides[role] for role in some], 2) for some in (rows, ("text", "image")))
-        return attention(query, key)[..., :length]
+        return query, key, length
 
     def _heads(self, part: Tensor) -> Float[Tensor, "b h n d"]:
         """Heads first: without norms they are not yet apart, FLUX norms "b n h d", SD3 "b h n d"."""
         if part.ndim == 3:
             return part.unflatten(-1, (self.heads, -1)).transpose(1, 2)
         return part.transpose(1, 2) if self.rotary else part
-
-    def _positions(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        if isinstance(output, tuple):  # FLUX; SD3's layer of this name embeds patches and rotates nothing
-            self.rotary.append(output)
 
 
 # What is kept: the norm it comes out of, and the projection if there is no norm.
@@ -148,6 +162,17 @@ def _listeners(tap: Tap, model: Generator, paths: list[str]) -> Iterator[Hook]:
         for role, (norm, projection) in _ROLES.items():
             layer = projection if getattr(attn, norm, None) is None else norm
             yield Hook(f"{path}.{layer}", _keep(tap.seen[path], role))
+
+
+# Hooks know these containers and not the tap, which knows the hooks: in a circle, it would outlive its call.
+
+
+def _rotations(rotary: list[Rotary]) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:
+    def keep(module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        if isinstance(output, tuple):  # FLUX; SD3's layer of this name embeds patches and rotates nothing
+            rotary.append(output)
+
+    return keep
 
 
 def _keep(parts: dict[str, Tensor], role: str) -> Callable[[nn.Module, tuple[Any, ...], Any], None]:

@@ -111,19 +111,20 @@ def plan(
     *,
     dtype: str = "float32",
     rank: int | None = None,
+    checkpointing: bool = False,
     request: Request = REQUEST,
 ) -> Plan:
     """Rehearse an erasure on a model without weights, and say what it changes and what it needs.
 
     The method's own code runs, so a new method needs nothing here. options: fields of the method. rank: of the exports
-    that have one. Raises InputError for an unknown model, method or option, a method that does not edit the model's
-    family or cannot be rehearsed, and a rank below 1.
+    that have one. checkpointing: as `erase` has it. Raises InputError for an unknown model, method or option, a method
+    that does not edit the model's family or cannot be rehearsed, and a rank below 1.
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
     cls = find("methods", method)
     eraser = cls(**checked(cls, options or {}))
-    base = skeleton(model, dtype=dtype)
+    base = skeleton(model, dtype=dtype, checkpointing=checkpointing)
     check_family(base, method, cls)
     rehearsal = Rehearsal(base.network)
     with rehearsal.running():

@@ -45,7 +45,7 @@ class AllButOne(Eraser):
     rank: int = 0
     """Of factors over the group's linear maps (LoRA), all else frozen; 0: whole tensors. Factors want a larger lr."""
 
-    constraint: Literal["penalty", "projection", "lagrangian"] = "penalty"
+    constraint: Literal["penalty", "projection", "lagrangian"] = "lagrangian"
     """How the drift is held. penalty: the sum above. projection: the first gradient u loses its part against the
     second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then + drift_weight · v. lagrangian: drift_weight is the starting value of
     a multiplier that rises by dual_lr · (drift − drift_budget) each step, never below 0."""

@@ -27,7 +27,7 @@ from expunge.patches.weights import WeightPatch
 class AllButOne(Eraser):
     """Reconstruction: train only the target's guidance term while the unconditional prediction is held in place.
 
-    loss = ‖ g_student(target) − g_goal ‖² + drift_weight · ‖ eps_student("") − eps("") ‖²,
+    loss = ‖ g_student(target) − g_goal ‖² + m · ‖ eps_student("") − eps("") ‖², m = drift_weight at first,
     g(c) = eps(x_t, t, c) − eps(x_t, t, ""), and g_goal = g(anchor) of the frozen model if an alternative is
     given, −strength · g(target) if not. At zero loss the guided sample of the target is the frozen model's guided
     sample of the anchor, at every guidance scale. Our reading of the abstract, not the authors' algorithm. In flow
@@ -46,9 +46,9 @@ class AllButOne(Eraser):
     """Of factors over the group's linear maps (LoRA), all else frozen; 0: whole tensors. Factors want a larger lr."""
 
     constraint: Literal["penalty", "projection", "lagrangian"] = "lagrangian"
-    """How the drift is held. penalty: the sum above. projection: the first gradient u loses its part against the
-    second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then + drift_weight · v. lagrangian: drift_weight is the starting value of
-    a multiplier that rises by dual_lr · (drift − drift_budget) each step, never below 0."""
+    """How the drift is held. lagrangian: m rises by dual_lr · (drift − drift_budget) each step, never below 0. penalty:
+    m stays. projection: the first gradient u loses its part against the second, u − min(0, ⟨u, v⟩) / ‖v‖² · v, then
+    + m · v; m stays. Ours: lagrangian, as the drift wants a large m in the end, and the target a small one at first."""
 
     templates: tuple[str, ...] = ("{}",)
     """Sentences around target, alternative and retained prompts."""
@@ -57,7 +57,7 @@ class AllButOne(Eraser):
     """eta in g_goal = −eta · g(target), for targets without an alternative. 0: the guidance vanishes."""
 
     drift_weight: float = 1.0
-    """Weight of the drift term. 0: the unconditional prediction is free (penalty only). Ours: 1."""
+    """m at the first step. 0: the unconditional prediction is free (penalty only). Ours: 1."""
 
     grad_through_uncond: bool = True
     """Whether eps_student("") inside g carries gradient. Off, the first term is no gradient of anything: the
@@ -69,7 +69,7 @@ class AllButOne(Eraser):
     drift_budget: float = 1e-4
     """Mean squared drift the multiplier aims at (lagrangian only)."""
 
-    dual_lr: float = 100.0
+    dual_lr: float = 400.0
     """Rise of the multiplier per unit of excess drift and step (lagrangian only)."""
 
     trajectory: Literal["teacher", "student"] = "teacher"

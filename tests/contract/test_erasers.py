@@ -44,12 +44,11 @@ VARIANTS = {
     "project-words": ("project", {"held": "words", "rows": "word", "templates": ("{}",)}),
     "project-room": ("project", {"toward": "room"}),
     "all_but_one-projection": ("all_but_one", {"constraint": "projection", "group": "cross_attention"}),
-    "all_but_one-lagrangian": ("all_but_one", {"constraint": "lagrangian"}),
+    "all_but_one-penalty": ("all_but_one", {"constraint": "penalty"}),
 }
 # On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move, project-words
-# all but its padding; TRCE's program takes rows that no default holds; four steps of the lagrangian form are four
-# steps of its starting multiplier.
-FREE = {"uce2025", "trce-code", "trce-rows", "all_but_one-lagrangian", "project-words"}
+# all but its padding; TRCE's program takes rows that no default holds.
+FREE = {"uce2025", "trce-code", "trce-rows", "project-words"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")
     for variant, (name, config) in VARIANTS.items()

@@ -19,7 +19,7 @@ GAME = {**BRIEF, "share": 1.0, "pairs": 4, "refresh": 3, "turn": 1.0}
 DRAWN = {"steps": 7, "batch": 1, "pictures": 2, "walk": 3}
 METHODS = {
     "esd": BRIEF,
-    "all_but_one": {**BRIEF, "constraint": "lagrangian"},
+    "all_but_one": BRIEF,
     "ant": {**BRIEF, "maps": 1},
     "score": GAME,
     "fade": GAME,

@@ -22,6 +22,7 @@ TOY = LinearToy.seeded()
 SHORT = {"group": "cross_attention", "steps": 8, "pool": 6, "walk": 4, "batch": 2, "lr": 1e-3}
 LONG = {"steps": 250, "pool": 6, "walk": 4, "batch": 3, "lr": 1e-2}
 LONGER = {**LONG, "steps": 800}  # several concepts at once
+PENALTY = {"constraint": "penalty"}
 CAT, CAT_TO_DOG = Request.of("cat"), Request.of("cat", anchor="dog")
 FORMS = ("penalty", "projection", "lagrangian")
 
@@ -73,7 +74,7 @@ def test_alternative_that_reads_as_the_target_changes_nothing(constraint: str, t
 
 
 def test_drift_term_is_silent_at_the_start_whatever_its_weight_and_speaks_later() -> None:
-    free, held = (train(AllButOne(drift_weight=weight, **SHORT))[1] for weight in (0.0, 50.0))
+    free, held = (train(AllButOne(**PENALTY, drift_weight=weight, **SHORT))[1] for weight in (0.0, 50.0))
     assert free["drift"][0] == held["drift"][0] == 0
     assert free["loss"][0] == held["loss"][0]
     assert free["grad_norm"][0] == held["grad_norm"][0]
@@ -92,7 +93,7 @@ def test_vanishing_guidance_without_constraint_is_sdd_without_its_moving_average
         return ()
 
     theirs = descend(sdd, nothing, 8)
-    stopped = {**SHORT, "drift_weight": 0.0, "group": "cross_kv"}
+    stopped = {**SHORT, **PENALTY, "drift_weight": 0.0, "group": "cross_kv"}
     ours = AllButOne(strength=0.0, grad_through_uncond=False, **stopped)
     torch.testing.assert_close(train(ours, CAT)[0].weight(CROSS), theirs, rtol=0, atol=1e-7)
     for other in (
@@ -113,7 +114,7 @@ def test_alternative_without_constraint_is_concept_ablation_until_the_unconditio
 
     def ours(steps: int) -> Tensor:
         brief = {**SHORT, "steps": steps, "group": "cross_kv"}
-        method = AllButOne(drift_weight=0.0, grad_through_uncond=False, **brief)
+        method = AllButOne(**PENALTY, drift_weight=0.0, grad_through_uncond=False, **brief)
         return train(method)[0].weight(CROSS)
 
     torch.testing.assert_close(ours(1), descend(ablate, teach, 1), rtol=0, atol=1e-7)
@@ -192,7 +193,7 @@ def test_stated_minimiser_of_the_linear_model_has_zero_loss_and_training_finds_i
     edited, _ = train(AllButOne(group="cross_kv", **LONG))
     torch.testing.assert_close(edited.weight(CROSS) @ ec, old @ ea, rtol=0, atol=1e-4)
     torch.testing.assert_close(edited.weight(CROSS) @ e0, old @ e0, rtol=0, atol=1e-4)
-    free, _ = train(AllButOne(group="cross_kv", drift_weight=0.0, **LONG))
+    free, _ = train(AllButOne(**PENALTY, group="cross_kv", drift_weight=0.0, **LONG))
     assert (free.weight(CROSS) @ e0 - old @ e0).abs().max() > 0.1
 
 
@@ -238,20 +239,21 @@ def test_constraint_lowers_the_drift_on_a_unet() -> None:
     def after(**fields: object) -> float:
         return drift(train(AllButOne(**{**brief, **fields}), request, model)[0], model)
 
-    free, held = after(drift_weight=0.0), after(drift_weight=10.0)
+    free, held = (after(**PENALTY, drift_weight=weight) for weight in (0.0, 10.0))
     assert held < 0.5 * free
-    assert after(drift_weight=0.0, grad_through_uncond=False) > 2 * free
+    assert after(**PENALTY, drift_weight=0.0, grad_through_uncond=False) > 2 * free
     assert after(constraint="projection", drift_weight=1.0) < free
     tight, loose = (after(constraint="lagrangian", drift_weight=0.0, drift_budget=budget) for budget in (0.0, 1e9))
     assert loose == free
     assert tight < free
+    assert after() < after(**PENALTY)  # a multiplier that rises from the weight that the other keeps
     esd = train(ESD(**brief), request, model)[0]
     assert drift(esd, model) > held
 
 
 def test_prompt_layers_cannot_drift_where_the_empty_prompt_is_zeros() -> None:
     """SDXL encodes "" as zeros: keys and values of it are zero under any weights, on SD types they are not."""
-    method = AllButOne(drift_weight=0.0, **{**SHORT, "group": "cross_kv"})
+    method = AllButOne(**PENALTY, drift_weight=0.0, **{**SHORT, "group": "cross_kv"})
     for name, moves in (("tiny-sdxl", False), ("tiny-unet", True)):
         model = load(name)
         edited, log = train(method, Request.of("strawberry", anchor="dog"), model)

@@ -47,8 +47,8 @@ VARIANTS = {
     "all_but_one-penalty": ("all_but_one", {"constraint": "penalty"}),
 }
 # On an untrained toy: uce2025 guards one row of a retained prompt and leaves its padding free to move, project-words
-# all but its padding; TRCE's program takes rows that no default holds.
-FREE = {"uce2025", "trce-code", "trce-rows", "project-words"}
+# all but its padding; TRCE's program takes rows that no default holds; four steps of All but One hold nothing yet.
+FREE = {"uce2025", "trce-code", "trce-rows", "all_but_one-penalty", "project-words"}
 VARIED = [
     pytest.param(check, id=f"{variant}-{check.name}")
     for variant, (name, config) in VARIANTS.items()

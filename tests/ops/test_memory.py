@@ -16,7 +16,7 @@ from expunge.models.load import load
 from expunge.ops.listening import CrossTap
 from expunge.ops.student import LowRankStudent, Student
 from expunge.ops.surgery import surgical
-from expunge.ops.tap import Tap
+from expunge.ops.tap import Tap, attention
 
 PROMPTS = ["red cat", "a dog", "guitar"]  # three: no activation shall have a matrix's shape
 MODELS = ("tiny-unet", "tiny-sd3", "tiny-flux-distilled")
@@ -213,3 +213,40 @@ def test_other_recomputation_is_refused_rather_than_wrong() -> None:
         student.view().predict(state, cond)
     with torch.no_grad():
         student.view().predict(state, cond)
+
+
+@pytest.mark.parametrize("name", ["tiny-sd3", "tiny-flux-distilled"])
+def test_joint_attention_is_whole_for_one_head_at_a_time(name: str) -> None:
+    """Also for gradients; at FLUX' size the maps of all heads and blocks would be hundreds of GB."""
+    model = load(name)
+    cond, state, _ = scene(model)
+    tap = Tap.of(model)
+    learner(model, "low").view().view(hooks=tap.hooks).predict(state, cond)
+    query = next(iter(tap.seen.values()))["query"]
+    heads, rows = tap.heads, query.numel() // len(PROMPTS) // model.network["transformer"].inner_dim
+    whole = {(len(PROMPTS), heads, rows, rows + cond.tokens.shape[1])}
+    assert heads > 1
+    with Watch() as control:
+        attention(*tap._asking(next(iter(tap.seen.values())), ("query",))[:2])
+    with Watch() as watch:
+        tap.text_maps().square().sum().backward()
+    assert whole <= set(control.shapes)
+    assert not whole & set(watch.shapes)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_what_was_listened_to_ends_with_its_tap(name: str) -> None:
+    """Without the collector of circles, which does not know how much memory a circle holds."""
+    model = load(name)
+    cond, state, _ = scene(model)
+    gc.collect()
+    gc.disable()
+    try:
+        tap = CrossTap.of(model) if model.family == "unet" else Tap.of(model)
+        model.view(hooks=tap.hooks).predict(state, cond)
+        refs = [weakref.ref(tensor) for parts in tap.seen.values() for tensor in parts.values()]
+        assert refs and all(ref() is not None for ref in refs)
+        del tap
+        assert all(ref() is None for ref in refs)
+    finally:
+        gc.enable()

@@ -1,6 +1,6 @@
 """One erasure in a process of its own: prints by how many bytes its resident memory rose at the most.
 
-Usage: python measured_peak.py MODEL METHOD JSON-OPTIONS FOLDER. Linux only: the peak is reset through /proc.
+Usage: python measured_peak.py MODEL METHOD JSON-OPTIONS FOLDER [checkpointing]. Linux only: the peak is in /proc.
 """
 
 import json
@@ -29,15 +29,17 @@ def planned(model: str, method: str, options: dict) -> Recipe:
     )
 
 
-def measure(model: str, method: str, options: dict, folder: Path) -> int:
+def measure(model: str, method: str, options: dict, folder: Path, checkpointing: bool) -> int:
     # what libraries load and allocate on first use is theirs, not the erasure's
     toy = "tiny-flux" if "flux" in model else "tiny-unet"
     erase(planned(toy, method, options), folder / "warm", Run(), recorded=False)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")
-    erase(planned(model, method, options), folder / "run", Run(), recorded=False)
+    erase(planned(model, method, options), folder / "run", Run(), recorded=False, checkpointing=checkpointing)
     return resident("VmHWM") - before
 
 
 if __name__ == "__main__":
-    print(measure(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4])))
+    print(
+        measure(sys.argv[1], sys.argv[2], json.loads(sys.argv[3]), Path(sys.argv[4]), "checkpointing" in sys.argv[5:])
+    )

@@ -101,7 +101,7 @@ class EraseAnything(Eraser):
     """w in u + w · (c − u) along paths and in pictures. The authors' code: 3, embedded."""
 
     embedded_scales: tuple[float, ...] = (1.0, 3.5)
-    """Scales g a guidance-distilled model is taught at, taking turns; without meaning where guidance is true."""
+    """Scales g a guidance-distilled model is taught at, taking turns; elsewhere they only divide the sentences."""
 
     steps: int = 1000
     """Optimizer steps, erasing and keeping ones together. The paper: 1000; its code: 200 to 300."""

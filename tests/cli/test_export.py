@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 from expunge.models.load import load
@@ -117,6 +118,30 @@ def test_a_base_that_has_changed_or_moved(tmp_path: Path, expunge) -> None:
     tiny_pipeline("tiny-unet", seed=2).save_pretrained(model)
     assert "was made for base" in expunge("export", run, "--to", "lora").complaint()
     assert expunge("export", run, "--to", "lora", "--base", tmp_path / "elsewhere").code == 0
+
+
+def test_another_base_with_the_same_text_encoder_is_named_with_its_own_licence(tmp_path: Path, expunge) -> None:
+    """A closed form knows the text encoder alone; what it is laid on is not what it was made on."""
+    other, run = tmp_path / "other", tmp_path / "run"
+    pipeline = tiny_pipeline("tiny-unet")
+    with torch.no_grad():
+        pipeline.unet.conv_in.weight.mul_(1.5)
+    pipeline.save_pretrained(other)
+    (other / "README.md").write_text("---\nlicense: cc-by-4.0\n---\nDrawn by somebody.\n")
+    assert expunge("erase", "tiny-unet", "--target", "cat", "--method", "uce", "--out", run).code == 0
+    revision = artifact.read_card(run).base.revision
+    for to in ("lora", "merged", "pipeline"):
+        done = expunge("export", run, "--to", to, "--base", other)
+        assert done.code == 0 and f"NOTE: made on base 'tiny-unet', written for '{other}'" in done.err
+    (file,) = (run / "export").glob("*lora.safetensors")
+    with safe_open(file, framework="pt") as found:
+        about = found.metadata()
+    assert (about["base"], about["licence"]) == (str(other), "cc-by-4.0") and about["base_revision"] != revision
+    (folder,) = (run / "export").glob("*pipeline")
+    readme = (folder / "README.md").read_text()
+    assert "license: cc-by-4.0" in readme and f"Weights of {other}" in readme and "somebody" in readme
+    assert revision not in readme and revision in (folder / "expunge-card.json").read_text()  # that is the artifact's
+    assert "NOTE: made on" not in expunge("export", run, "--to", "comfy-diff").err
 
 
 def test_places_that_cannot_be_written(run: Path, tmp_path: Path, expunge) -> None:

@@ -19,6 +19,7 @@ from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.core.registry import find
+from expunge.patches.guard import GuardPatch
 from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
@@ -61,6 +62,8 @@ class Artifact:
         found = made_for(model, self.patch)
         if found != self.card.base.sha256:
             where = "its text encoder" if free(self.patch) else "the tensors it touches"
+            if isinstance(self.patch, GuardPatch):
+                where = "its text encoder, what it predicts or how it is guided"
             raise InputError(
                 f"{self.folder} was made for base {self.card.base.name!r} ({self.card.base.sha256[:12]}); "
                 f"{model.name!r} ({found[:12]}) differs in {where}"

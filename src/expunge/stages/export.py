@@ -16,6 +16,7 @@ import expunge
 from expunge.core.card import Card
 from expunge.core.errors import InputError, unknown
 from expunge.core.generator import Generator
+from expunge.core.patch import Patch
 from expunge.models._folder import file_header
 from expunge.models._names import EMBEDDED, embedded_names, parted
 from expunge.models._quiet import quiet
@@ -26,6 +27,7 @@ from expunge.models.unet import UNetGenerator
 from expunge.patches.guard import GuardPatch
 from expunge.patches.shared import SharedPatch
 from expunge.stages import _files, _formats, _tensors, artifact
+from expunge.stages._provenance import source_of
 
 FACTORED = ("lora", "kohya")
 FILES = (*FACTORED, "comfy-diff", "merged")
@@ -99,13 +101,25 @@ def export(
         raise InputError(f"{name!r} is of family {view.family!r}; exports are written for families unet, mmdit")
     if guard:
         return _write_guard(made, place, to)
+    about, moved = _written_for(made, model, name)
     if to == "pipeline":
-        return _write_pipeline(view, place, card, name)
-    if to == "merged":
-        return _write_merged(view, place, _header(card, to, name))
-    if isinstance(made.patch, SharedPatch):
-        made = dataclasses.replace(made, patch=made.patch.materialised(model))
-    return _write_adapter(made, view, place, to, rank, name)
+        done = _write_pipeline(view, place, card, about, name)
+    elif to == "merged":
+        done = _write_merged(view, place, _header(about, to, name))
+    else:
+        patch = made.patch.materialised(model) if isinstance(made.patch, SharedPatch) else made.patch
+        done = _write_adapter(patch, view, place, to, rank, _header(about, to, name))
+    return dataclasses.replace(done, notes=(*moved, *done.notes))
+
+
+def _written_for(made: artifact.Artifact, model: Generator, name: str) -> tuple[Card, tuple[str, ...]]:
+    """The card with the base a file is written for, and a note where it is not the one the artifact was made on."""
+    old = made.card.base
+    if not artifact.free(made.patch) or (new := source_of(model, name)).revision == old.revision:
+        return made.card, ()
+    base = dataclasses.replace(old, name=name, revision=new.revision, licence=new.licence)
+    note = f"made on base {old.name!r}, written for {name!r}, which has its text encoder; what it does there is open"
+    return dataclasses.replace(made.card, base=base), (note,)
 
 
 def check_words(to: str, rank: int | None) -> None:
@@ -181,22 +195,22 @@ def _folder_of(name: str) -> Path:
 
 
 def _write_adapter(
-    made: artifact.Artifact, view: _formats.View, place: Path, to: str, rank: int | None, name: str
+    patch: Patch, view: _formats.View, place: Path, to: str, rank: int | None, about: Mapping[str, str]
 ) -> Exported:
     match to:
         case "lora":
-            weights = _formats.lora(made.patch, view, rank)
+            weights = _formats.lora(patch, view, rank)
         case "kohya" if isinstance(view, UNetGenerator):
-            weights = _formats.kohya(made.patch, view, rank)
+            weights = _formats.kohya(patch, view, rank)
         case _:
-            weights = _formats.diff(made.patch, view)
+            weights = _formats.diff(patch, view)
     losses = {
         "reconstruction_error": f"{weights.error:.6g}",
         "reconstruction_error_layers": json.dumps(weights.layers, sort_keys=True),
         "left_out": json.dumps(weights.left_out),
         **({} if weights.rank is None else {"rank": str(weights.rank), "alpha": str(weights.rank)}),
     }
-    header = {**_header(made.card, to, name), **losses, **weights.header}
+    header = {**about, **losses, **weights.header}
     size = _tensors.write(place, weights.tensors, header)
     return Exported(
         path=place,
@@ -238,13 +252,13 @@ def _write_merged(view: _formats.View, place: Path, header: Mapping[str, str]) -
     return Exported(path=place, format="merged", bytes=size)
 
 
-def _write_pipeline(view: _formats.View, place: Path, card: Card, name: str) -> Exported:
+def _write_pipeline(view: _formats.View, place: Path, card: Card, about: Card, name: str) -> Exported:
     with _files.whole_folder(place) as part:
         with quiet():
             view.merged().save_pretrained(part, safe_serialization=True)
         for file in sorted([*_folder_of(name).glob("LICENSE*"), *_folder_of(name).glob("NOTICE*")]):
             shutil.copyfile(file, part / file.name)
-        (part / "README.md").write_text(_readme(card, name), encoding="utf-8")
+        (part / "README.md").write_text(_readme(about, name), encoding="utf-8")
         (part / "expunge-card.json").write_text(card.to_json(), encoding="utf-8")
         _sync(part)
     return Exported(path=place, format="pipeline", bytes=_size(place))

@@ -20,7 +20,7 @@ from expunge.ops.trajectory import Walk
 SCALES, TAUGHT = (1.0, 3.5, 5.0), 3.5
 TRAINED = {"steps": 40, "pool": 12, "walk": 6, "batch": 4, "lr": 2e-3, "strength": 0.0, "embedded_scales": (TAUGHT,)}
 # Settings that send the target to the empty prompt; erase_anything may not touch the pooled text, and has a longer way.
-# A multiplier that rises lets all_but_one less far on so small a network, at every scale alike: the penalty stands here.
+# A multiplier that rises lets all_but_one less far on so small a network, at any scale: the penalty stands here.
 SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "uce": {"ridge": 1e-9, "retain_weight": 0.0},
     "dve": {"threshold": 0.0},

@@ -22,11 +22,9 @@ class Result:
         """The one line of an error; fails if there is more, or anything on stdout."""
         assert self.code == 2, self
         assert self.out == ""
-        # a note about loading may stand before it
-        lines = [line for line in self.err.splitlines() if line.startswith("error: ")]
-        assert len(lines) == 1 and self.err.splitlines()[-1] == lines[0], self.err
-        assert "Traceback" not in self.err
-        return lines[0]
+        (line,) = self.err.splitlines()
+        assert line.startswith("error: "), line
+        return line
 
 
 @pytest.fixture

@@ -64,5 +64,4 @@ def test_a_pipe_gets_no_bars(machine: bool, capsys: pytest.CaptureFixture[str]) 
     with out.progress() as report, out.waiting("loading the model"):
         report("layers", 1, 3)
     streams = capsys.readouterr()
-    assert streams.out == "" and "layers" not in streams.err
-    assert streams.err == ("" if machine else "loading the model\n")
+    assert streams.out == streams.err == ""

@@ -196,6 +196,7 @@ def test_what_does_not_fit(base, tmp_path) -> None:
     more = UNET + "input_blocks.99.0.op.weight"
     refused(altered(base, tmp_path, lambda tensors: tensors.update({more: torch.ones(1)})), "no place for", more)
     refused(altered(base, tmp_path, lambda t: t.update({attn: t[attn].to(torch.int8)})), "int8", "quantised")
+    refused(altered(base, tmp_path, lambda t: t.update({attn: t[attn].to(torch.float8_e4m3fn)})), "float8", "quantised")
 
 
 BLOCK = "cond_stage_model.model.transformer.resblocks."

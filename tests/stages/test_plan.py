@@ -14,8 +14,9 @@ from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.registry import catalogue, find
 from expunge.stages import artifact
+from expunge.stages._legal import FORMATS
 from expunge.stages.erase import erase
-from expunge.stages.export import FORMATS, export
+from expunge.stages.export import export
 from expunge.stages.plan import plan
 from stages.exports import folder
 

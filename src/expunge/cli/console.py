@@ -59,9 +59,8 @@ class Out:
 
     @contextmanager
     def waiting(self, text: str) -> Iterator[None]:
-        """Show that something of unknown length is going on."""
+        """Show that something of unknown length is going on; quiet if not lively."""
         if not self.lively:
-            self.note(text)
             yield
             return
         with self.stderr.status(text):

@@ -184,7 +184,7 @@ def _is_last_openclip(name: str, frames: Mapping[str, nn.Module]) -> bool:
 
 
 def _read(file: Path, entry: Entry, stored: Tensor, frames: Mapping[str, nn.Module]) -> dict[str, Tensor]:
-    if not stored.is_floating_point():
+    if not stored.is_floating_point() or stored.dtype.itemsize == 1:
         raise InputError(f"{entry.name!r} in {str(file)!r} is {stored.dtype}: quantised weights are not read")
     try:
         found = entry.restored(stored, {path: _shape(frames, path)[0] for path in entry.paths})

@@ -61,12 +61,9 @@ class Artifact:
         """
         found = made_for(model, self.patch)
         if found != self.card.base.sha256:
-            where = "its text encoder" if free(self.patch) else "the tensors it touches"
-            if isinstance(self.patch, GuardPatch):
-                where = "its text encoder, what it predicts or how it is guided"
             raise InputError(
                 f"{self.folder} was made for base {self.card.base.name!r} ({self.card.base.sha256[:12]}); "
-                f"{model.name!r} ({found[:12]}) differs in {where}"
+                f"{model.name!r} ({found[:12]}) differs in {needed(self.patch)}"
             )
         return self.patch.on(model)
 
@@ -81,6 +78,13 @@ def touched(model: Generator, names: Sequence[str] | Mapping[str, Any]) -> list[
 def free(patch: Patch) -> bool:
     """Whether a patch depends on the text encoder alone, so that it serves any base that has the same one."""
     return isinstance(patch, SharedPatch) and not patch.bound
+
+
+def needed(patch: Patch) -> str:
+    """What of its base a patch depends on, in words; `made_for` hashes it."""
+    if isinstance(patch, GuardPatch):
+        return "its text encoder, what it predicts or how it is guided"
+    return "its text encoder" if free(patch) else "the tensors it touches"
 
 
 def made_for(model: Generator, patch: Patch) -> str:

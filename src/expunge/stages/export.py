@@ -14,7 +14,7 @@ import torch
 
 import expunge
 from expunge.core.card import Card
-from expunge.core.errors import InputError, unknown
+from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.models._folder import file_header
@@ -24,15 +24,11 @@ from expunge.models.load import load
 from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.original import checkpoint
 from expunge.models.unet import UNetGenerator
-from expunge.patches.guard import GuardPatch
 from expunge.patches.shared import SharedPatch
 from expunge.stages import _files, _formats, _tensors, artifact
+from expunge.stages._legal import FILES, check_fits, check_words, is_guard
 from expunge.stages._provenance import source_of
 
-FACTORED = ("lora", "kohya")
-FILES = (*FACTORED, "comfy-diff", "merged")
-FORMATS = (*FILES, "pipeline")
-ADAPTERS = (*FACTORED, "comfy-diff")
 LOSSY = 1e-5  # above float32's rounding
 NAMED = 4  # tensors named in a note; a whole network has hundreds
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -81,16 +77,8 @@ def export(
     """
     check_words(to, rank)
     card = artifact.read_card(source)
-    guard = card.patch.kind == GuardPatch.kind
-    if guard and to in ("merged", "pipeline"):
-        raise InputError(
-            f"{card.method} made a guard, which is code and cannot be merged into weights; legal: {', '.join(ADAPTERS)}"
-        )
-    if to == "kohya" and card.base.family != "unet":
-        raise InputError(
-            f"format 'kohya' names the layers of U-Nets (SD 1.x, 2.x, SDXL), {card.base.name!r} is of family "
-            f"{card.base.family!r}; legal: lora (ComfyUI reads it for transformers), comfy-diff, merged, pipeline"
-        )
+    check_fits(card, to, rank)
+    guard = is_guard(card)
     place = out or _default(source, card, "guard" if guard else to)
     _check_place(place, folder=guard or to == "pipeline")
     name = base or card.base.name
@@ -120,16 +108,6 @@ def _written_for(made: artifact.Artifact, model: Generator, name: str) -> tuple[
     base = dataclasses.replace(old, name=name, revision=new.revision, licence=new.licence)
     note = f"made on base {old.name!r}, written for {name!r}, which has its text encoder; what it does there is open"
     return dataclasses.replace(made.card, base=base), (note,)
-
-
-def check_words(to: str, rank: int | None) -> None:
-    """Raise InputError for an unknown format, a rank below 1, or a rank where there is none to choose."""
-    if to not in FORMATS:
-        raise unknown("export format", to, FORMATS)
-    if rank is not None and rank < 1:
-        raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
-    if rank is not None and to not in FACTORED:
-        raise InputError(f"format {to!r} has no rank, got {rank}; legal with a rank: {', '.join(FACTORED)}")
 
 
 def check_unquantised(model: Generator) -> None:

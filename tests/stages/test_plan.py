@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.registry import catalogue, find
+from expunge.models.skeleton import skeleton
 from expunge.stages import artifact
 from expunge.stages._legal import FORMATS
+from expunge.stages._rehearsal import Rehearsal
 from expunge.stages.erase import erase
 from expunge.stages.export import export
 from expunge.stages.plan import plan
@@ -207,3 +209,13 @@ def test_what_cannot_be_planned():
         plan("tiny-unet", "uce", {"ridg": 1})
     with pytest.raises(InputError, match="rank 0"):
         plan("tiny-unet", "uce", rank=0)
+
+
+@pytest.mark.parametrize("name", ["tiny-unet", "tiny-sdxl", "tiny-flux"])
+def test_dropped_encoders_are_no_longer_counted(name: str) -> None:
+    """By exactly what a model that has really given them away holds less."""
+    whole, light = (plan(name, "esd", {"steps": 2, "walk": 2}, drop_encoders=dropped) for dropped in (False, True))
+    model = skeleton(name)
+    before, after = (Rehearsal(each.network).held for each in (model, model.without_encoders(["a cat"])))
+    assert whole.erasing.weights - light.erasing.weights == before - after > 0
+    assert light.erasing.rest == whole.erasing.rest and light.loading == whole.loading

@@ -49,6 +49,9 @@ Checkpointing = Annotated[
 Offload = Annotated[
     bool, typer.Option("--offload", help="Keep text encoders and autoencoder in main memory until they are used.")
 ]
+DropEncoders = Annotated[
+    bool, typer.Option("--drop-encoders", help="Encode the method's prompts first, then train without text encoders.")
+]
 PHRASES = "'NAME | OTHER PHRASE | …' gives more phrases."
 
 
@@ -77,6 +80,7 @@ def erase(
     recipe: RecipeFile = None,
     checkpointing: Checkpointing = False,
     offload: Offload = False,
+    drop_encoders: DropEncoders = False,
     provenance: Provenance = True,
     device: Device = "cpu",
     json: Json = False,
@@ -108,7 +112,7 @@ def erase(
                 accumulate=accumulate,
             )
     run = partial(carry_out, screen, asked, out, device=device, recorded=provenance, preview=preview)
-    folder = run(checkpointing=checkpointing, offload=offload)
+    folder = run(checkpointing=checkpointing, offload=offload, drop_encoders=drop_encoders)
     if leads:
         _tell(screen, folder)
 
@@ -144,7 +148,7 @@ def _alone(*words: object) -> None:
     if any(words):
         raise InputError(
             "--recipe says everything about the run; beside it only --out, --device, --checkpointing, --offload, "
-            "--preview, --no-provenance"
+            "--drop-encoders, --preview, --no-provenance"
         )
 
 
@@ -203,6 +207,7 @@ def carry_out(
     recorded: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
+    drop_encoders: bool = False,
     preview: int = 0,
 ) -> Path:
     """Run the erase stage, seen live, after saying what will be ignored; return the artifact's folder."""
@@ -217,7 +222,7 @@ def carry_out(
         screen.note(f"{recipe.method.name} uses no retained concepts at these settings: --retain has no effect")
     with screen.live() as live, together(device) as team:
         run = Run(seed=recipe.seed, device=device, progress=live.progress, log=live.log, team=team)
-        heavy = {"checkpointing": checkpointing, "offload": offload}
+        heavy = {"checkpointing": checkpointing, "offload": offload, "drop_encoders": drop_encoders}
         return stage(recipe, out, run, recorded=recorded, **heavy, preview=preview, show=live.picture)
 
 

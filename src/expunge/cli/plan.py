@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from expunge.cli.console import Out
-from expunge.cli.erase import Checkpointing, Dtype
+from expunge.cli.erase import Checkpointing, DropEncoders, Dtype
 from expunge.cli.options import Json
 from expunge.models._names import settled, shape_names
 
@@ -34,6 +35,7 @@ def plan(
     rank: Annotated[int | None, typer.Option(help="Of the exports lora and kohya.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the base model.")] = "float32",
     checkpointing: Checkpointing = False,
+    drop_encoders: DropEncoders = False,
     names: Annotated[bool, typer.Option("--names", help="Name every tensor that changes, one a line.")] = False,
     json: Json = False,
 ) -> None:
@@ -49,7 +51,8 @@ def plan(
 
         options = parsed(find("methods", method), settings or [])
         place = model if model in shape_names() else settled(model)
-        found = stage.plan(place, method, options, dtype=dtype, rank=rank, checkpointing=checkpointing)
+        rehearse = partial(stage.plan, checkpointing=checkpointing, drop_encoders=drop_encoders)
+        found = rehearse(place, method, options, dtype=dtype, rank=rank)
     screen.emit({**asdict(found), "peak": found.peak})
     screen.say(_title(found))
     if names:

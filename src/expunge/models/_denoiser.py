@@ -26,10 +26,12 @@ from expunge.core.errors import InputError
 from expunge.core.generator import State
 from expunge.models._base import Adapter
 from expunge.models._recompute import recomputing
-from expunge.models._texts import Gone, Texts
+from expunge.models._texts import Gone, Reader, Texts
 
 # A step depends on x alone: samples may leave the batch.
 _MEMORYLESS = (DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler)
+
+PROMPTS = 16  # encoded together: bounds memory
 
 Model = TypeVar("Model", bound="Denoiser")
 
@@ -41,8 +43,8 @@ class Denoiser(Adapter):
     scheduler: SchedulerMixin
     latent: tuple[int, int, int]
     """Channels, height and width of a latent."""
-    texts: Texts | None = None
-    """What stands for the text encoders where they were given away."""
+    texts: Reader | None = None
+    """What stands for the text encoders where they were given away, or are listened to."""
 
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, padding included."""
@@ -57,7 +59,8 @@ class Denoiser(Adapter):
         """
         known = list(dict.fromkeys(("", *prompts)))
         twin = copy.copy(self)
-        twin.texts = Texts({text: row for row, text in enumerate(known)}, self.encode(known))
+        parts = [self.encode(known[start : start + PROMPTS]) for start in range(0, len(known), PROMPTS)]
+        twin.texts = Texts({text: row for row, text in enumerate(known)}, Condition.cat(parts))
         heads = [part for part in self.network if part.startswith("text_encoder")]
         twin.network = nn.ModuleDict(
             dict(self.network.items()) | {part: Gone(self.network[part].config) for part in heads}

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -11,6 +11,14 @@ from expunge.core.condition import Condition
 from expunge.core.errors import InputError
 
 SHOWN = 5  # prompts named in an error
+
+
+class Reader(Protocol):
+    """What a model asks in place of its text encoders."""
+
+    def encode(self, prompts: Sequence[str], name: str) -> Condition:
+        """Encode prompts for the model of a name."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Models without weights: every tensor has its name, shape and dtype, and lives on the meta device."""
 
+import copy
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from expunge.models._folder import check_unquantised, read_json
 from expunge.models._names import EMBEDDED, SHAPES, TINY, embedded_names, model_names, shape_names
 from expunge.models._quiet import quiet
 from expunge.models._tiny_text import tiny_t5_tokenizer, tiny_tokenizer
-from expunge.models.load import _dtype, _generator, _part, assembled, parts_of, replaying
+from expunge.models.load import Model, _dtype, _generator, _part, assembled, parts_of, replaying
 from expunge.models.mmdit import MMDiTGenerator
 from expunge.models.tiny import Pipeline, tiny_pipeline
 from expunge.models.unet import UNetGenerator
@@ -35,6 +36,14 @@ def skeleton(
     name = str(name_or_path)
     model = _generator(_bare(name, _dtype(dtype)), name, META)
     return replaying(model) if checkpointing else model
+
+
+def bare(model: Model) -> Model:
+    """Give a model just opened again without its numbers; it stays as it is, and nothing of it is copied."""
+    seen = {id(tensor): nn.Parameter(tensor.detach().to(META)) for tensor in model.network.parameters()}
+    pipeline = copy.copy(model.pipeline)
+    pipeline.register_modules(**copy.deepcopy(dict(model.network.items()), seen))
+    return _generator(pipeline, model.name, META)
 
 
 def _bare(name: str, dtype: torch.dtype) -> Pipeline:

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from expunge.core.generator import Generator
 from expunge.core.patch import Patch
 from expunge.models.load import load as load_model
 from expunge.stages import _chain, _files, artifact
+from expunge.stages._prompts import without_encoders
 from expunge.stages._provenance import code, source_of
 from expunge.stages._training import Foreign, Halted, Training, halting
 from expunge.stages._watching import Show, unseen, watching
@@ -36,6 +38,7 @@ def erase(
     recorded: bool = True,
     checkpointing: bool = False,
     offload: bool = False,
+    drop_encoders: bool = False,
     preview: int = 0,
     show: Show = unseen,
 ) -> Path:
@@ -44,7 +47,9 @@ def erase(
     With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
-    checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding.
+    checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding. Nor is
+    drop_encoders: the method's prompts are listed by a rehearsal and encoded, and while it runs there are no text
+    encoders in memory; the model is opened again to certify and save.
     preview: steps of training from one grid of pictures in out/preview/ to the next, 0 for none; `show` is told of
     each. In a team every process calls this; the first one writes. Raises InputError where the recipe has a budget, or
     the work is in parts, and the method trains nothing.
@@ -56,7 +61,8 @@ def erase(
         _check_recipe(artifact.load(folder), recipe, out)
     elif folder.exists():
         _check_same(artifact.load(folder).card, recipe, eraser, request, run.parts, folder)
-    model = _loaded(recipe.model, run, checkpointing=checkpointing, offload=offload)
+    opened = partial(_loaded, recipe.model, run, checkpointing=checkpointing, offload=offload)
+    model = opened()
     source = source_of(model, recipe.model.name)
     leads = run.team is None or run.team.rank == 0
     if folder.exists():
@@ -70,6 +76,8 @@ def erase(
         _chain.check(before.card, before.patch, said, eraser.composes, before.folder)
     training = Training(out, of=_told(recipe, source.revision, run.parts), writes=leads)
     training.check()
+    if drop_encoders:
+        seen = model = without_encoders(seen, eraser, request, run, job.method)
     if not leads:
         _trained(job, seen, run, training, 0, unseen)
         return folder
@@ -77,6 +85,8 @@ def erase(
     _begun(recipe, out, training)
     with _withdrawn(out, training, fresh):
         patch = _trained(job, seen, run, training, preview, show)
+    if drop_encoders:
+        model = opened()
     whole = _chain.after(before.card, before.patch, said, patch) if before else patch
     artifact.save(
         folder, whole, model, job, source=source, made_by=made_by, seconds=time.monotonic() - start, log=training.rows

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from expunge.core.concept import Request
-from expunge.core.eraser import Eraser, Run
+from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator
 from expunge.core.patch import Patch
@@ -27,6 +27,7 @@ from expunge.patches.lowrank import LowRankPatch
 from expunge.patches.shared import SharedPatch
 from expunge.patches.weights import WeightPatch
 from expunge.stages import _formats, _tensors, artifact
+from expunge.stages._prompts import brief, rehearsed
 from expunge.stages._rehearsal import Held, Rehearsal
 from expunge.stages.certify import statements
 from expunge.stages.erase import check_family
@@ -112,13 +113,14 @@ def plan(
     dtype: str = "float32",
     rank: int | None = None,
     checkpointing: bool = False,
+    drop_encoders: bool = False,
     request: Request = REQUEST,
 ) -> Plan:
     """Rehearse an erasure on a model without weights, and say what it changes and what it needs.
 
     The method's own code runs, so a new method needs nothing here. options: fields of the method. rank: of the exports
-    that have one. checkpointing: as `erase` has it. Raises InputError for an unknown model, method or option, a method
-    that does not edit the model's family or cannot be rehearsed, and a rank below 1.
+    that have one. checkpointing, drop_encoders: as `erase` has them. Raises InputError for an unknown model, method or
+    option, a method that does not edit the model's family or cannot be rehearsed, and a rank below 1.
     """
     if rank is not None and rank < 1:
         raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
@@ -128,12 +130,14 @@ def plan(
     check_family(base, method, cls)
     rehearsal = Rehearsal(base.network)
     with rehearsal.running():
-        patch = _rehearsed(_brief(eraser), base, request, method)
+        patch = rehearsed(brief(eraser), base, request, Run(), method)
         erasing, guessed = rehearsal.peak, rehearsal.guessed
         rehearsal.restart()
         tensors = patch.tensors()
         saving = _saving(rehearsal, base, patch, request)
         exports = tuple(_exports(base, patch, rank))
+    if drop_encoders:
+        erasing = dataclasses.replace(erasing, weights=erasing.weights - _encoders(base))
     sites = tuple(
         Site(path=path, shape=tuple(base.weight(path).shape)) for path in artifact.touched(base, artifact.edited(patch))
     )
@@ -169,18 +173,10 @@ def _loading(base: Generator, folder: Path) -> int:
     return most
 
 
-def _rehearsed(eraser: Eraser, base: Generator, request: Request, method: str) -> Patch:
-    try:
-        return eraser.erase(base, request, Run())
-    except RuntimeError as error:  # torch's, of tensors without numbers
-        raise InputError(f"method {method!r} asks for numbers that a model without weights has not: {error}") from None
-
-
-def _brief(eraser: Eraser) -> Eraser:
-    """The same eraser with its repetitions cut: what it holds at once stays the same."""
-    named = {field.name for field in dataclasses.fields(eraser)}
-    cuts = {name: min(least, getattr(eraser, name)) for name, least in eraser.brief.items() if name in named}
-    return dataclasses.replace(eraser, **cuts)
+def _encoders(base: Generator) -> int:
+    """Bytes of the text encoders."""
+    heads = [module for part, module in base.network.named_children() if part.startswith("text_encoder")]
+    return _bytes([tensor for module in heads for tensor in (*module.parameters(), *module.buffers())])
 
 
 def _saving(rehearsal: Rehearsal, base: Generator, patch: Patch, request: Request) -> int:

@@ -1,7 +1,10 @@
 """What saves memory changes no gradient: recomputation, low rank beside the matrices, half precision, no encoders."""
 
 import gc
+import subprocess
+import sys
 import weakref
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -113,7 +116,10 @@ def test_recomputation_changes_no_gradient_and_keeps_less(name: str) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_resting_parts_are_awake_only_while_they_run(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Same gradients, same images; where processor and device are one, the journeys themselves are what can be seen."""
+    """Same gradients, same images; where processor and device are one, the journeys themselves are what can be seen.
+
+    On a device of its own: below.
+    """
     plain, resting = load(name), load(name, offload=True)
     journeys: list[tuple[str, str]] = []
     for part, module in resting.network.items():
@@ -128,6 +134,25 @@ def test_resting_parts_are_awake_only_while_they_run(name: str, monkeypatch: pyt
     parts = {part for part, _ in journeys}
     assert parts == set(plain.network) - {"unet", "transformer"} == resting.resting
     assert [place for _, place in journeys] == [str(plain.device), "cpu"] * (len(journeys) // 2)
+
+
+def elsewhere(*words: str) -> tuple[int, str]:
+    """Exit code and last line of tests/ops/other_device.py."""
+    script = Path(__file__).with_name("other_device.py")
+    done = subprocess.run([sys.executable, script, *words], capture_output=True, text=True, check=False)
+    return done.returncode, (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", ["tiny-unet", "tiny-flux", "tiny-sd3"])
+def test_a_device_of_its_own_meets_no_tensor_of_the_processor(name: str) -> None:
+    """Encoded, predicted, decoded and every gradient are where the denoiser is; what rests is in main memory again."""
+    assert elsewhere(name) == (0, "elsewhere elsewhere elsewhere elsewhere and cpu")
+
+
+@pytest.mark.parametrize("part", ["text_encoder_2", "vae"])
+def test_a_part_that_nobody_wakes_is_seen(part: str) -> None:
+    code, said = elsewhere("tiny-flux", part)
+    assert code == 1 and "FakeTensorDeviceMismatchError: Expected all tensors to be on the same device" in said
 
 
 def test_a_resting_encoder_may_be_replaced() -> None:

@@ -7,7 +7,7 @@ from expunge.core.condition import GUIDANCE, Condition
 from expunge.core.errors import InputError
 from expunge.models.tiny import tiny_pipeline
 from expunge.models.unet import UNetGenerator
-from expunge.ops.rows import aligned_tails, at_scales, bands, encode_many, subject_row
+from expunge.ops.rows import aligned_tails, at_scales, bands, encode_many, scale_count, subject_row
 
 
 def condition(words: list[int], *, cut: int = 0, guided: bool = False) -> Condition:
@@ -43,6 +43,7 @@ def test_every_prompt_at_every_scale() -> None:
     assert both.tokens[:, 0, 0].tolist() == [0.0, 1.0, 0.0, 1.0]
     plain = condition([1, 2])
     assert at_scales(plain, (1.0, 3.5)) is plain
+    assert (scale_count(both, (1.0, 3.5)), scale_count(plain, (1.0, 3.5))) == (2, 1)
     with pytest.raises(InputError, match="no guidance scales"):
         at_scales(plain, ())
 

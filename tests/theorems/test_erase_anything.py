@@ -1,12 +1,15 @@
 """What must hold for EraseAnything and the pieces it is made of, and what must not."""
 
 import math
+import re
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from expunge.core.concept import Concept, Request
+from expunge.core.condition import Condition
 from expunge.core.eraser import Run
 from expunge.core.errors import InputError
 from expunge.core.generator import Generator, Hook, State
@@ -153,6 +156,55 @@ def test_bad_words_and_other_families_are_refused() -> None:
         EraseAnything(irrelevant=("cat",)).erase(load("tiny-flux"), Request.of("cat"), Run())
     with pytest.raises(InputError, match="no joint attention"):
         EraseAnything().erase(load("tiny-unet"), BERRY, Run())
+
+
+@pytest.mark.parametrize("temperature", [0.0, -0.07, math.nan])
+def test_a_temperature_that_divides_by_nothing_is_refused_before_any_work(temperature: float) -> None:
+    begun: list[str] = []
+    run = Run(progress=lambda label, done, total: begun.append(label))
+    with pytest.raises(InputError, match=f"^temperature is {temperature}; legal: above 0$"):
+        EraseAnything(**BRIEF, temperature=temperature).erase(load("tiny-flux"), BERRY, run)
+    assert not begun
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_only_distilled_models_share_the_pool_among_scales(name: str) -> None:
+    """Elsewhere every state has a sentence of its own, however many scales are named."""
+    one, two = (
+        EraseAnything(**{**BRIEF, "batch": 8}, embedded_scales=scales).erase(load(name), BERRY, Run()).tensors()
+        for scales in ((1.0,), (1.0, 1.0))
+    )
+    assert all(torch.equal(one[path], two[path]) for path in one) == (name != "tiny-flux-distilled")
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_pooled_route_is_left_open(name: str) -> None:
+    """What the pooled text says to every block is the unchanged model's, bit for bit; its rows are answered anew."""
+    model, state = load(name), some_state(load(name))
+    brief = {"steps": 20, "lr": 1e-2, "keep_lr": 1e-3, "template": "{}", "strength": 0.0}
+    edited = EraseAnything(**{**BRIEF, **brief}).erase(model, BERRY, Run()).on(model)
+    target, anchor = model.encode(["strawberry"]), model.encode(["cat"])
+    routes = {"pooled": replace(anchor, pooled=target.pooled), "tokens": replace(target, pooled=anchor.pooled)}
+
+    def modulation(view: Generator, cond: Condition) -> dict[str, Tensor]:
+        paths = [path for path, _ in model.network.named_modules() if re.search(r"norm\w*\.linear$", path)]
+        seen: dict[str, Tensor] = {}
+        hooks = [Hook(path, lambda m, i, o, path=path: seen.__setitem__(path, o)) for path in paths]
+        view.view(hooks=hooks).predict(state, cond)
+        return seen
+
+    before, after, other = (
+        modulation(view, cond)
+        for view, cond in ((model, routes["pooled"]), (edited, routes["pooled"]), (model, anchor))
+    )
+    assert len(before) > 2 and all(torch.equal(before[path], after[path]) for path in before)
+    assert all(not torch.equal(before[path], other[path]) for path in before)
+
+    def moved(cond: Condition) -> float:
+        old, new = (view.predict(state, cond) - view.predict(state, anchor) for view in (model, edited))
+        return float((new - old).norm() / old.norm())
+
+    assert moved(routes["pooled"]) < 0.8 * moved(routes["tokens"])
 
 
 def test_synonyms_of_a_target_take_turns() -> None:

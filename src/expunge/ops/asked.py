@@ -10,6 +10,7 @@ from torch import Tensor
 
 from expunge.core.concept import Request
 from expunge.core.condition import Condition
+from expunge.core.errors import InputError
 from expunge.core.generator import Generator, State
 from expunge.ops.rows import at_scales
 from expunge.ops.tap import attended, feature
@@ -38,8 +39,13 @@ class Asked:
         irrelevant: Sequence[str],
         scales: Sequence[float],
     ) -> "Asked":
-        """Encode what `turns` gave, for a guidance-distilled model at every scale."""
+        """Encode what `turns` gave, for a guidance-distilled model at every scale.
+
+        Raises InputError without unrelated words, and for one that is a target.
+        """
         about, anchors, close = lines
+        if not irrelevant or {line.phrase for line in about} & set(irrelevant):
+            raise InputError(f"irrelevant is {irrelevant}; legal: one word or more, none of them a target")
         sides = (about, close, *([line.about(word) for line in about] for word in irrelevant))
         target, near, *far = (Shown.of(model, side, scales) for side in sides)
         return cls(target, at_scales(model.encode(anchors), scales), near, tuple(far))

@@ -14,6 +14,13 @@ def at_least(settings: object, least: Mapping[str, float]) -> None:
             raise InputError(f"{name} is {getattr(settings, name)}; legal: {value} or more")
 
 
+def above(settings: object, bounds: Mapping[str, float]) -> None:
+    """Raise InputError if a named attribute is not above its bound, or no number."""
+    for name, bound in bounds.items():
+        if not getattr(settings, name) > bound:
+            raise InputError(f"{name} is {getattr(settings, name)}; legal: above {bound}")
+
+
 def learnable(lr: float, curve: Sequence[int]) -> None:
     """Raise InputError for a step size that moves nothing, or a curve with a point before the first step."""
     if not lr > 0:

@@ -115,12 +115,21 @@ def pooled_rows(cond: Condition) -> list[Float[Tensor, "1 p"]]:
     return list(cond.pooled[:, None])
 
 
+def scale_count(cond: Condition, scales: Sequence[float]) -> int:
+    """At how many guidance scales a prompt is taught: at all given, or once where the network reads none.
+
+    Raises InputError for no scales.
+    """
+    if not scales:
+        raise InputError("no guidance scales; give one or more, such as 1 and 3.5")
+    return len(scales) if GUIDANCE in cond.extra else 1
+
+
 def at_scales(cond: Condition, scales: Sequence[float]) -> Condition:
     """Every prompt once at every embedded guidance scale, scale by scale; other models' prompts as they are.
 
     A guidance-distilled network answers scale g with its own v_u + g (v_c - v_u), each g through its own activations:
     what was taught at one is only hoped for at another. Raises InputError for no scales.
     """
-    if not scales:
-        raise InputError("no guidance scales; give one or more, such as 1 and 3.5")
-    return Condition.cat([cond.at(scale) for scale in scales]) if GUIDANCE in cond.extra else cond
+    parts = [cond.at(scale) for scale in scales[: scale_count(cond, scales)]]
+    return parts[0] if len(parts) == 1 else Condition.cat(parts)

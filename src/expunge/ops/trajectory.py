@@ -49,6 +49,12 @@ class Walk:
         _at_least_one("batch", self.batch)
         _at_least_one("walk", self.steps)
 
+    def lessons(
+        self, model: Generator, student: Callable[[], Generator], teach: Teach, run: Run, *, fresh: bool, size: int
+    ) -> Callable[[int], Lesson]:
+        """Lessons on paths of the student, `fresh` at every step, or on a pool of `size` states of the frozen model."""
+        return self.fresh(student, teach, run) if fresh else self.pooled(model, teach, run, size=size)
+
     def fresh(self, walker: Callable[[], Generator], teach: Teach, run: Run) -> Callable[[int], Lesson]:
         """Lessons whose states are walked anew by walker() at every step; with a student, the paper's ESD."""
 

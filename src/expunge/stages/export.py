@@ -70,10 +70,9 @@ def export(
 
     to: "lora" (diffusers; ComfyUI for transformers), "kohya" (A1111, Forge, ComfyUI; U-Nets only), "comfy-diff" (full
     differences for ComfyUI, of U-Nets also A1111), "merged" (one checkpoint in the original layout), "pipeline"
-    (diffusers folder of the edited model). A guard is
-    written as a folder with card and tensors, and cannot be merged. rank: of "lora" and "kohya"; by default that of a
-    low-rank patch, or the smallest that loses less than 1e-3 of a full change, at most 128. base: where the base model
-    is now, by default where it was. Raises InputError for anything that does not fit, or if `out` exists.
+    (diffusers folder). A guard becomes a folder of card and tensors, and cannot be merged. rank: of "lora" and "kohya";
+    by default that of a low-rank patch, or the smallest that loses less than 1e-3 of a full change, at most 128. base:
+    where the base model is now, by default where it was. Raises InputError for what does not fit, or if `out` exists.
     """
     check_words(to, rank)
     card = artifact.read_card(source)

@@ -116,8 +116,7 @@ class AllButOne(Eraser):
             return u, scale[which].to(u).view(-1, *[1] * (u.ndim - 1)) * (h - u), *(p - u for p in r)
 
         walk = Walk(prompts=target, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
-        own = self.trajectory == "student"
-        lesson = walk.fresh(student.view, teach, run) if own else walk.pooled(model, teach, run, size=self.pool)
+        lesson = walk.lessons(model, student.view, teach, run, fresh=self.trajectory == "student", size=self.pool)
         multiplier = torch.tensor(self.drift_weight, dtype=torch.float64)
 
         def loss(step: int) -> Tensor:

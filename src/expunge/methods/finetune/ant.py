@@ -47,8 +47,7 @@ class ANT(Eraser):
     """single: full weights under the mask. multi: adapters and fusion, U-Nets only."""
 
     turn: float = 0.8
-    """t' in the model's own levels. The paper: 0.94 for styles, 0.8 for identities, 0.86 for nudity (47, 40 and 43 of
-    50 steps); the same noise in a rectified flow is at 0.912, 0.836 and 0.871."""
+    """t' in the model's levels. The paper: styles 0.94, identities 0.8, nudity 0.86; in flows 0.912, 0.836, 0.871."""
 
     reverse_time: bool = False
     """Swap early and late, as the authors' code for one concept does by mistake."""

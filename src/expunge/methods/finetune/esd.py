@@ -100,10 +100,7 @@ class ESD(Eraser):
             return (f - self.strength * (c - u),)
 
         walk = Walk(prompts=learner, batch=self.batch, guidance_scale=self.guidance_scale, steps=self.walk)
-        if self.trajectory == "teacher":
-            lesson = walk.pooled(model, teach, run, size=self.pool)
-        else:
-            lesson = walk.fresh(student.view, teach, run)
+        lesson = walk.lessons(model, student.view, teach, run, fresh=self.trajectory == "student", size=self.pool)
 
         def loss(step: int) -> Tensor:
             now = lesson(step)

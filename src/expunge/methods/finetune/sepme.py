@@ -20,8 +20,7 @@ from expunge.ops.scenes import Scenes
 from expunge.ops.wording import sentences
 from expunge.patches.weights import WeightPatch
 
-# Below this share no row of a target has a part off the rows that are held: nothing could be learned but rounding.
-_LEAST = 1e-4
+_LEAST = 1e-4  # where no row of a target has a larger share off what is held, rounding is all that could be learned
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,8 +74,7 @@ class CESDWV(Eraser):
     """Adam's step size on D."""
 
     retain_weight: float = 1.0
-    """b in loss = ‖ε(e' + D) − ε(anchor)‖² + b · ‖ε(p + D) − ε(p)‖², p retained; its gradient is projected out of the
-    first term's whatever b is."""
+    """b in ‖ε(e' + D) − ε(anchor)‖² + b · ‖ε(p + D) − ε(p)‖², p retained; its gradient is out of the first at any b."""
 
     guidance_scale: float = 4.0
     """Guidance of the walks that states are taken from."""

@@ -43,7 +43,7 @@ class Linear(Diffusion):
     def _silent(self, *_: Any, **__: Any) -> Any:
         raise AssertionError("paths ask for predictions only")
 
-    check_prompt = absorb = sites = _silent
+    check_prompt = absorb = sites = decode = _paths = _silent
 
 
 class CatsAreDogs(PassGuard):

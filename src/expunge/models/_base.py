@@ -1,6 +1,7 @@
 """What all adapters share: one network, seen through views that never change it."""
 
 import copy
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import MappingProxyType
@@ -17,7 +18,7 @@ from expunge.models._recompute import check_replayed, recomputing
 View = TypeVar("View", bound="Adapter")
 
 
-class Adapter:
+class Adapter(ABC):
     """A network, and the weights, guards and hooks a view lays over it.
 
     `network` is a module whose children are the pipeline's components under their diffusers names, so that every
@@ -107,8 +108,9 @@ class Adapter:
         """Where the denoiser is."""
         return next(iter(self._base.values())).device
 
+    @abstractmethod
     def _paths(self, group: Group) -> list[str]:
-        raise NotImplementedError
+        """Give the paths of the parameters in a group."""
 
     @contextmanager
     def _awake(self, part: str) -> Iterator[None]:

@@ -6,6 +6,7 @@ is started, is the business of `_diffusion.py` (U-Nets) and `_flow.py` (rectifie
 
 import copy
 import inspect
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
@@ -46,9 +47,9 @@ class Denoiser(Adapter):
     texts: Reader | None = None
     """What stands for the text encoders where they were given away, or are listened to."""
 
+    @abstractmethod
     def encode(self, prompts: Sequence[str]) -> Condition:
         """Encode prompts, padding included."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def without_encoders(self: Model, prompts: Sequence[str]) -> Model:
@@ -71,13 +72,13 @@ class Denoiser(Adapter):
         twin.pipeline.register_modules(**dict.fromkeys(heads))
         return twin
 
+    @abstractmethod
     def predict_at(self, x: Float[Tensor, "b c h w"], timestep: Tensor, cond: Condition) -> Float[Tensor, "b c h w"]:
         """Run the network at a scheduler timestep, one for all samples or one each."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decode(self, x: Float[Tensor, "b c h w"]) -> Float[Tensor, "b 3 h2 w2"]:
         """Turn clean latents into images in [0, 1]."""
-        raise NotImplementedError
 
     def predict(self, state: State, cond: Condition) -> Float[Tensor, "b ..."]:
         """Give the network's native prediction (eps, v or velocity) at a state; one prompt may serve the whole batch.
@@ -153,17 +154,17 @@ class Denoiser(Adapter):
             images = guard.image(images)
         return images
 
+    @abstractmethod
     def noised(self, clean: Float[Tensor, "b c h w"], *, rng: torch.Generator) -> State:
         """Noise clean latents to a drawn level."""
-        raise NotImplementedError
 
+    @abstractmethod
     def as_eps(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Convert a native prediction to noise."""
-        raise NotImplementedError
 
+    @abstractmethod
     def as_clean(self, state: State, pred: Float[Tensor, "b ..."]) -> Float[Tensor, "b ..."]:
         """Convert a native prediction to the clean sample it implies."""
-        raise NotImplementedError
 
     def merged(self) -> DiffusionPipeline:
         """Give a stock pipeline whose weights are what this view sees, ready for `save_pretrained`.
@@ -184,17 +185,17 @@ class Denoiser(Adapter):
             twin.register_modules(**{part: module})
         return twin
 
+    @abstractmethod
     def _started(self, steps: int) -> SchedulerMixin:
         """Give a private copy of the scheduler, set to a number of steps: walks never share counters and histories."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _levels(self, scheduler: SchedulerMixin) -> Float[Tensor, "n"]:
         """Give the t at whose noise level x is when the network is asked, per call."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _timestep(self, state: State) -> Float[Tensor, "b"]:
         """Give the scheduler's timesteps of a state."""
-        raise NotImplementedError
 
     def _start(self, scheduler: SchedulerMixin, noise: Tensor) -> Tensor:
         """Turn unit noise into the sampler's first x."""

@@ -47,9 +47,8 @@ def erase(
     With `on` in the recipe's model, the method sees the model as that artifact leaves it, and what is saved holds both.
     A finished artifact of the same recipe and base is checked and kept; of another one it is an InputError that names
     both. The recipe's seed wins over the run's. `recorded=False` saves without naming the code and the card says so.
-    checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding. Nor is
-    drop_encoders: the method's prompts are listed by a rehearsal and encoded, and while it runs there are no text
-    encoders in memory; the model is opened again to certify and save.
+    checkpointing, offload: as `load` has them; no part of the recipe, as gradients are the same up to rounding.
+    drop_encoders: no more is it: see `_prompts`; to certify and save, the model is opened again.
     preview: steps of training from one grid of pictures in out/preview/ to the next, 0 for none; `show` is told of
     each. In a team every process calls this; the first one writes. Raises InputError where the recipe has a budget, or
     the work is in parts, and the method trains nothing.
@@ -57,10 +56,8 @@ def erase(
     run = dataclasses.replace(run, seed=recipe.seed, accumulate=recipe.accumulate or 1)
     folder, eraser, request = out / "artifact", recipe.eraser(), recipe.request()
     before = artifact.load(Path(recipe.model.on)) if recipe.model.on else None
-    if folder.exists() and before:
-        _check_recipe(artifact.load(folder), recipe, out)
-    elif folder.exists():
-        _check_same(artifact.load(folder).card, recipe, eraser, request, run.parts, folder)
+    if folder.exists():
+        _check_finished(artifact.load(folder), recipe, eraser, request, run.parts)
     opened = partial(_loaded, recipe.model, run, checkpointing=checkpointing, offload=offload)
     model = opened()
     source = source_of(model, recipe.model.name)
@@ -85,12 +82,9 @@ def erase(
     _begun(recipe, out, training)
     with _withdrawn(out, training, fresh):
         patch = _trained(job, seen, run, training, preview, show)
-    if drop_encoders:
-        model = opened()
+    seconds, model = time.monotonic() - start, opened() if drop_encoders else model
     whole = _chain.after(before.card, before.patch, said, patch) if before else patch
-    artifact.save(
-        folder, whole, model, job, source=source, made_by=made_by, seconds=time.monotonic() - start, log=training.rows
-    )
+    artifact.save(folder, whole, model, job, source=source, made_by=made_by, seconds=seconds, log=training.rows)
     training.remove()
     return folder
 
@@ -250,8 +244,11 @@ def _check_same(card: Card, recipe: Recipe, eraser: Eraser, request: Request, pa
         )
 
 
-def _check_recipe(made: artifact.Artifact, recipe: Recipe, out: Path) -> None:
-    if read(out / "recipe.toml") != recipe:
+def _check_finished(made: artifact.Artifact, recipe: Recipe, eraser: Eraser, request: Request, parts: int) -> None:
+    """Compare what a folder holds with what is asked; a chain of edits by its recipe, as its card is of them all."""
+    if not recipe.model.on:
+        _check_same(made.card, recipe, eraser, request, parts, made.folder)
+    elif read(made.folder.parent / "recipe.toml") != recipe:
         raise InputError(f"{made.folder} holds a finished artifact of another recipe: choose another folder")
 
 

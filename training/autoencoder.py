@@ -5,14 +5,13 @@ With --decoder-only the averaged encoder stays as it is, so that latents, and ge
 meaning while the decoder learns on.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from training import loop, world
+from training import loop, options, world
 
 RUNS = Path(__file__).parent / "runs"
 
@@ -57,18 +56,19 @@ def freeze_encoder(net: AutoencoderKL, averaged: dict[str, Tensor]) -> None:
 
 def main() -> None:
     """Train, log, and save the averaged weights."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=3500)
-    parser.add_argument("--batch", type=int, default=16)
+    parser = options.parser(__doc__)
+    parser.add_argument("--steps", type=options.count, default=3500)
+    parser.add_argument("--batch", type=options.count, default=16)
     parser.add_argument("--decoder-only", action="store_true")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--run", type=Path, default=RUNS / "autoencoder")
     args = parser.parse_args()
+    options.settle(parser, args)
     loop.quiet_cpu()
     torch.manual_seed(args.seed)
     data = world.load()
     net = build().to(memory_format=torch.channels_last)
-    trainer = loop.Trainer(net, args.run, lr=1e-3, steps=args.steps, decay=0.998)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=1e-3, decay=0.998)
     if args.decoder_only:
         freeze_encoder(net, trainer.ema)
 

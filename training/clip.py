@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample, log_softmax
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from training import build_dataset, composition, loop, world
+from training import build_dataset, composition, loop, options, world
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
@@ -123,23 +123,23 @@ def contrast(logits: Tensor, match: Tensor) -> Tensor:
 
 def main() -> None:
     """Learn the tokenizer, train both towers, save the averaged weights."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--start", help="published pair to go on from, with its tokenizer, e.g. emoji-clip")
+    parser = options.parser(__doc__)
+    parser.add_argument("--steps", type=options.count, default=1200)
+    parser.add_argument("--batch", type=options.count, default=64)
+    parser.add_argument("--first", type=options.natural, default=0, help="step of --start to count on from")
+    parser.add_argument("--lr", type=options.rate, default=6e-4)
+    parser.add_argument("--start", choices=["emoji-clip"], help="published pair to go on from, with its tokenizer")
     parser.add_argument("--extra", action="store_true", help="half of all from other things (build_dataset --extra)")
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "clip")
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
     args = parser.parse_args()
+    options.settle(parser, args)
     loop.quiet_cpu()
     torch.manual_seed(args.seed)
     data, pools = everything(args.extra)
     net, tokenizer = begin(args)
-    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first)
-    trainer.log(begins=True, steps=args.steps, lr=args.lr, start=args.start, extra=args.extra)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=args.lr)
     speaker = composition.Speaker(data, tokenizer)
 
     def loss(step: int) -> Tensor:

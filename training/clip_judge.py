@@ -5,14 +5,13 @@ strong augmentation, and the pair is published; training.calibrate does the rest
 concept: classes are sentences.
 """
 
-import argparse
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from transformers import CLIPModel, CLIPTokenizer
 
-from training import clip, judges, loop, world
+from training import clip, judges, loop, options, world
 
 HERE = Path(__file__).parent
 FOLDER = judges.EMBEDDED / "emoji-clip"
@@ -20,12 +19,13 @@ FOLDER = judges.EMBEDDED / "emoji-clip"
 
 def main() -> None:
     """Train the image tower, save both towers in half precision."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--batch", type=int, default=64)
+    parser = options.parser(__doc__)
+    parser.add_argument("--steps", type=options.count, default=1200)
+    parser.add_argument("--batch", type=options.count, default=64)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "clip-judge")
     args = parser.parse_args()
+    options.settle(parser, args)
     loop.quiet_cpu()
     torch.manual_seed(args.seed)
     data = world.load()
@@ -33,7 +33,7 @@ def main() -> None:
     net = CLIPModel.from_pretrained(HERE / "runs" / "clip" / "model").float()
     net.text_model.requires_grad_(False)
     net.text_projection.requires_grad_(False)
-    trainer = loop.Trainer(net, args.run, lr=4e-4, steps=args.steps)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=4e-4)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(args.seed, 1, step)

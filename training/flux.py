@@ -20,15 +20,14 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import T5EncoderModel, T5TokenizerFast
 
-from training import clip, composition, latents, lessons, loop, paths, release, text, world
+from training import clip, composition, latents, lessons, loop, options, paths, release, text, world
+from training.flux_net import FluxNet, Words, levels, pack
 
 HERE = Path(__file__).parent
-LENGTH, VOCABULARY, WIDTH, HEADS = 20, 2560, 192, 3
+LENGTH, VOCABULARY = 20, 2560
 SPELL, QUADS = 0.1, 4
-SINGLES = 6
-CENTRE, SPREAD = 0.8, 1.2  # of logit t: what a picture shows is settled where it is mostly noise
 NAMES = {False: "emoji-flux", True: "emoji-flux-distilled"}
 
 
@@ -64,93 +63,21 @@ def whole_words() -> dict[str, float]:
     return {f"▁{word}": math.log(count / words.total()) for word, count in words.items()}
 
 
-class FluxNet(nn.Module):
-    """Transformer and T5 encoder, trained as one."""
-
-    def __init__(self, vocabulary: int, *, distilled: bool) -> None:
-        """Three dual and six single blocks over 16 image tokens (2 × 2 latents each) and 20 text tokens."""
-        super().__init__()
-        self.transformer = FluxTransformer2DModel(
-            in_channels=64,
-            num_layers=3,
-            num_single_layers=SINGLES,
-            attention_head_dim=WIDTH // HEADS,
-            num_attention_heads=HEADS,
-            joint_attention_dim=WIDTH,
-            pooled_projection_dim=clip.WIDTH,
-            guidance_embeds=distilled,
-            axes_dims_rope=(16, 24, 24),
-        )
-        self.t5 = T5EncoderModel(
-            T5Config(
-                vocab_size=vocabulary,
-                d_model=WIDTH,
-                d_kv=32,
-                d_ff=384,
-                num_layers=2,
-                num_heads=6,
-                feed_forward_proj="gated-gelu",
-                is_encoder_decoder=False,
-                use_cache=False,
-                dropout_rate=0.0,
-            )
-        )
-        places = torch.cartesian_prod(torch.zeros(1), torch.arange(4.0), torch.arange(4.0))
-        self.register_buffer("places", places, persistent=False)
-
-    def read(self, ids: Tensor) -> Tensor:
-        """Token states "b 20 d"."""
-        return self.t5(ids).last_hidden_state
-
-    def velocity(self, x: Tensor, t: Tensor, states: Tensor, pooled: Tensor, scale: Tensor | None = None) -> Tensor:
-        """Velocity "b 16 64" at packed latents x and levels t in [0, 1]; `scale` is a distilled model's."""
-        return self.transformer(
-            hidden_states=x,
-            timestep=t,
-            guidance=scale,
-            encoder_hidden_states=states,
-            pooled_projections=pooled,
-            img_ids=self.places,
-            txt_ids=torch.zeros(states.shape[1], 3),
-            return_dict=False,
-        )[0]
+Objective = tuple[Callable[[int], Tensor], loop.Own]
+"""The loss of one step for this process's share of the batch, and what it remembers from step to step."""
 
 
-def pack(z: Tensor) -> Tensor:
-    """Latents "b 16 8 8" to tokens "b 16 64", as FluxPipeline packs them."""
-    return z.view(-1, 16, 4, 2, 4, 2).permute(0, 2, 4, 1, 3, 5).reshape(-1, 16, 64)
-
-
-class Words:
-    """Caption to T5's token numbers and CLIP's pooled text."""
-
-    def __init__(self, tokenizer: T5TokenizerFast) -> None:
-        """Load the frozen tower."""
-        self.tokenizer, self.embed = tokenizer, text.Embedder()
-
-    def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """Numbers "b 20" and pooled text "b d"."""
-        batch = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt")
-        return batch.input_ids, self.embed(captions)[1]
-
-
-def levels(n: int, random: torch.Generator) -> Tensor:
-    """Draw n noise levels, logit t normal, stratified: every batch sees all of them."""
-    u = (torch.rand(n, generator=random) + torch.randperm(n, generator=random)) / n
-    return torch.special.ndtri(u.clamp(1e-4, 1 - 1e-4)).mul(SPREAD).add(CENTRE).sigmoid()
-
-
-def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace) -> Callable[[int], Tensor]:
-    """The loss of one step for this process's share of the batch."""
+def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace) -> Objective:
+    """What a run learns."""
     words, share = Words(tokenizer), args.batch // args.processes
     mixture = latents.Mixture(share, args.extra)
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
     if args.distil:
-        return distillation(net, finished(tokenizer).eval().requires_grad_(False), words, mixture, args, rank)
-    bank, speaker = lessons.Bank(mixture, levels), composition.Speaker(mixture.whole, tokenizer)
+        return distillation(net, finished(tokenizer).eval().requires_grad_(False), words, mixture, args)
+    bank = lessons.Bank(mixture, levels, lessons.finished())
+    speaker = composition.Speaker(mixture.whole, tokenizer)
 
     def loss(step: int) -> Tensor:
-        random = loop.rng(args.seed, 1, step, rank)
+        random = loop.rng(args.seed, 1, step, loop.rank())
         x, t, captions, goal = bank.draw(share, random)
         ids, pooled = words(captions)
         net.t5.requires_grad_(step < args.reading)
@@ -162,13 +89,13 @@ def objective(net: FluxNet, tokenizer: T5TokenizerFast, args: argparse.Namespace
             mixed, apart = composition.penalty(net.t5, speaker.quads(QUADS // args.processes, random))
             return error + SPELL * (clip.APART * mixed + apart)
 
-    return loss
+    return loss, bank
 
 
 def distillation(
-    net: FluxNet, teacher: FluxNet, words: Words, mixture: latents.Mixture, args: argparse.Namespace, rank: int
-) -> Callable[[int], Tensor]:
-    """The loss of a student of the guided answer: half on straight paths from pictures, half on guided ones."""
+    net: FluxNet, teacher: FluxNet, words: Words, mixture: latents.Mixture, args: argparse.Namespace
+) -> Objective:
+    """What a student of the guided answer learns: half on straight paths from pictures, half on guided ones."""
     share = args.batch // args.processes
 
     def taught(x: Tensor, t: Tensor, captions: list[str], scale: Tensor) -> Tensor:
@@ -189,14 +116,14 @@ def distillation(
         return x, t, scale, captions, taught(x, t, captions, scale)
 
     def loss(step: int) -> Tensor:
-        random = loop.rng(args.seed, 1, step, rank)
+        random = loop.rng(args.seed, 1, step, loop.rank())
         with loop.mixed():
             sides = straight(share // 2, random), walked.draw(share - share // 2, random, step)
             x, t, scale, goal = (torch.cat([side[k] for side in sides]) for k in (0, 1, 2, 4))
             v = learned(x, t, sides[0][3] + sides[1][3], scale)
         return (v - goal).pow(2).mean()
 
-    return loss
+    return loss, walked
 
 
 @torch.no_grad()
@@ -254,11 +181,10 @@ def work(rank: int, args: argparse.Namespace) -> None:
             nn.init.zeros_(new)  # silent at first: the student begins as its teacher
     if args.distil:
         net.t5.requires_grad_(False)
-    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
-    if rank == 0:
-        trainer.log(begins=True, steps=args.steps, batch=args.batch, extra=args.extra)
+    loss, own = objective(net, tokenizer, args)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=args.lr, decay=0.9985, own=own)
     command = f"python -m training.flux{' --distil' * args.distil}"
-    for step in trainer.run(objective(net, tokenizer, args), save_every=250):
+    for step in trainer.run(loss, save_every=250):
         if rank == 0 and (step % args.publish == 0 or step == args.steps):
             # at the end the rate has fallen to zero: an average would only look back at worse weights
             weights = net.state_dict() if step == args.steps else trainer.ema
@@ -268,25 +194,30 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Prepare the frozen parts, then train."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options.parser(__doc__)
     parser.add_argument("--distil", action="store_true")
-    parser.add_argument("--steps", type=int, default=14000)
+    parser.add_argument("--steps", type=options.count, default=14000)
     parser.add_argument(
         "--start", choices=list(NAMES.values()), help="begin from what ships where no checkpoint is left"
     )
-    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--publish", type=int, default=1000)
-    parser.add_argument("--extra", type=float, default=0.15, help="share of other things in a batch, see build_dataset")
-    parser.add_argument("--reading", type=int, default=3000, help="steps in which the T5-type encoder learns")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--first", type=options.natural, default=0, help="step of --start to count on from")
+    parser.add_argument("--batch", type=options.count, default=64)
+    parser.add_argument("--processes", type=options.count, default=2)
+    parser.add_argument("--publish", type=options.count, default=1000)
+    parser.add_argument(
+        "--extra", type=options.share, default=0.15, help="share of other things in a batch, see build_dataset"
+    )
+    parser.add_argument(
+        "--reading", type=options.natural, default=3000, help="steps in which the T5-type encoder learns"
+    )
+    parser.add_argument("--lr", type=options.rate, default=1e-3)
     parser.add_argument("--seed", type=int, default=3)
     parser.add_argument("--cache", type=Path, default=HERE / ".cache" / "npm")
     args = parser.parse_args()
     if args.start not in (None, NAMES[args.distil]):
         parser.error(f"--start {args.start} goes on with another model than {NAMES[args.distil]}; see --distil")
     args.run = HERE / "runs" / ("flux-distilled" if args.distil else "flux")
+    options.settle(parser, args)
     args.run.mkdir(parents=True, exist_ok=True)
     loop.quiet_cpu()
     latents.prepare()

@@ -4,7 +4,6 @@ They learn from real renders under strong augmentation, held-out pairs included:
 only the generator must not. Nothing here is ever seen by an eraser.
 """
 
-import argparse
 import json
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch.nn.functional import (
 from transformers import AutoModel, ResNetConfig, ViTConfig
 
 from expunge.detectors._judge import JudgeNet
-from training import loop, world
+from training import loop, options, world
 
 HERE = Path(__file__).parent
 EMBEDDED = HERE.parent / "src" / "expunge" / "embedded"
@@ -86,19 +85,21 @@ def answers(data: world.World, index: Tensor, background: Tensor) -> dict[str, T
 
 def main() -> None:
     """Train one judge and save it in half precision; training.calibrate does the rest."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = options.parser(__doc__)
     parser.add_argument("kind", choices=["cnn", "vit"])
-    parser.add_argument("--steps", type=int, help="default: 2500 for cnn, 4000 for vit")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--steps", type=options.count, help="default: 2500 for cnn, 4000 for vit")
+    parser.add_argument("--batch", type=options.count, default=64)
     args = parser.parse_args()
     seed, steps = {"cnn": (11, 2500), "vit": (12, 4000)}[args.kind]
+    args.steps, args.run = args.steps or steps, HERE / "runs" / f"judge-{args.kind}"
+    options.settle(parser, args)
     loop.quiet_cpu()
     torch.manual_seed(seed)
     data = world.load()
     labels = dict(zip(HEADS, (data.concepts, data.styles, tuple(world.BACKGROUNDS)), strict=True))
     features, width = backbone(args.kind)
     net = JudgeNet(features, labels, width).to(memory_format=torch.channels_last)
-    trainer = loop.Trainer(net, HERE / "runs" / f"judge-{args.kind}", lr=1e-3, steps=args.steps or steps)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=1e-3)
 
     def loss(step: int) -> Tensor:
         random = loop.rng(seed, 1, step)
@@ -119,7 +120,7 @@ def main() -> None:
     features.config.save_pretrained(folder)
     (folder / "judge.json").write_text(json.dumps({"labels": labels, "width": width}, indent=1) + "\n")
     weights = {k: v.half() if v.dtype == torch.float32 else v for k, v in trainer.ema.items()}
-    loop.save(weights, folder / "model.safetensors", trainer.step)
+    loop.save(weights, folder / "model.safetensors", {"step": trainer.step})
 
 
 if __name__ == "__main__":

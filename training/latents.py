@@ -79,11 +79,11 @@ def prepare() -> None:
         else:
             shutil.copytree(PUBLISHED, RUN / "vae", dirs_exist_ok=True)
         # latents of the weights that ship
-        loop.save({"latents": encode_all(finished(), data, every)}, WORLD, 0)
+        loop.save({"latents": encode_all(finished(), data, every)}, WORLD, {})
     if build_dataset.EXTRA.exists() and not newer(EXTRA, WORLD):
         vae = finished()
         others = world.load(build_dataset.EXTRA)
-        loop.save({"latents": encode_all(vae, others, backgrounds_of(others, EXTRA_BACKGROUNDS))}, EXTRA, 0)
+        loop.save({"latents": encode_all(vae, others, backgrounds_of(others, EXTRA_BACKGROUNDS))}, EXTRA, {})
 
 
 def finished() -> AutoencoderKL:

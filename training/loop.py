@@ -4,12 +4,31 @@ import json
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from expunge.core.errors import InputError
+from expunge.stages._files import sync_folder
+
+CHECKPOINT, LOG = "checkpoint.safetensors", "log.jsonl"
+Recipe = Mapping[str, int | float | str | None]
+"""What a run was asked for: every option that its numbers depend on, `steps` and `first` among them."""
+
+
+class Own(Protocol):
+    """What a loss remembers from step to step, in each process for itself; of equal shapes in all."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that it remembers."""
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Remember that, and nothing else."""
 
 
 def rng(seed: int, *name: int) -> torch.Generator:
@@ -27,97 +46,147 @@ def cosine(step: int, steps: int, *, warmup: int = 200, tail: float = 0.4) -> fl
     return min(1.0, (step + 1) / warmup) * decay
 
 
-def save(tensors: dict[str, Tensor], path: Path, step: int) -> None:
-    """Write tensors and step whole or not at all."""
+def save(tensors: Mapping[str, Tensor], path: Path, facts: Mapping[str, Any]) -> None:
+    """Write tensors, and facts as JSON in the file's head, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_suffix(".tmp")
     save_file(
         {name: t.detach().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
         scratch,
-        metadata={"step": str(step)},
+        metadata={name: json.dumps(fact) for name, fact in facts.items()},
     )
     with scratch.open("rb") as file:
         os.fsync(file.fileno())
     scratch.replace(path)
+    sync_folder(path.parent)
+
+
+def standing(folder: Path, recipe: Recipe) -> dict[str, Any]:
+    """What the checkpoint in a folder says of itself; empty where there is none.
+
+    Raises InputError for a file that cannot be read, and for a run of another recipe, unless that one is finished and
+    `recipe` takes it further.
+    """
+    file = folder / CHECKPOINT
+    if not file.exists():
+        return {}
+    try:
+        with safe_open(file, framework="pt") as found:
+            facts = {name: json.loads(fact) for name, fact in (found.metadata() or {}).items()}
+        step, made = facts["step"], facts["recipe"]
+    except (OSError, SafetensorError, KeyError) as error:
+        said = " ".join(str(error).split())
+        raise InputError(f"{file} is no checkpoint that can be read ({said}); remove it to start anew") from None
+    further = step == made["steps"] < recipe["steps"] and recipe["first"] <= step
+    if made != dict(recipe) and not further:
+        names = [name for name in sorted({*made, *recipe}) if made.get(name) != recipe.get(name)]
+        was, now = (", ".join(f"{name}={side.get(name)}" for name in names) for side in (made, recipe))
+        raise InputError(
+            f"{file} stands at step {step} of a run with {was}, asked for {now}: ask for the same, go further once it "
+            "is finished, or remove it to start anew"
+        )
+    return facts
 
 
 class Trainer:
-    """AdamW with an exponential moving average, resumable from one safetensors file."""
+    """AdamW with an exponential moving average, resumable from one safetensors file, bit by bit."""
 
     def __init__(
         self,
         net: nn.Module,
         folder: Path,
+        recipe: Recipe,
         *,
         lr: float,
-        steps: int,
-        first: int = 0,
         decay: float = 0.999,
         weight_decay: float = 0.01,
+        own: Own | None = None,
     ) -> None:
-        """Resume from `folder/checkpoint.safetensors` when it is there, else begin at step `first`."""
-        self.net, self.folder, self.lr, self.steps, self.decay = net, folder, lr, steps, decay
-        self.first = first
+        """Go on from the checkpoint in `folder`, else begin at step `first` of the recipe, with a row in the log.
+
+        A finished run is gone on with as a further stretch, with a row of its own. `own` is what the loss remembers.
+        Raises InputError where `standing` does.
+        """
+        self.net, self.folder, self.recipe, self.lr, self.decay, self.own = net, folder, recipe, lr, decay, own
+        self.step = self.first = int(recipe["first"] or 0)
+        self.steps = int(recipe["steps"] or 0)
         self.optimizer = torch.optim.AdamW(net.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=weight_decay)
         self.ema = {name: p.detach().clone() for name, p in net.state_dict().items()}
-        self.step = first
+        self.mean: float | None = None
         self.began = time.monotonic()
-        if self.file.exists():
-            self._resume()
+        found = standing(folder, recipe)
+        if found:
+            self._resume(found)
+        if not found or found["recipe"] != dict(recipe):
+            self.mean = None
+            self.checkpoint()
+        if self.mean is None:
+            # no step of this stretch is made; the row lies behind what its checkpoint knows of the log
+            self.log(begins=True, **recipe)
 
-    @property
-    def file(self) -> Path:
-        """Where the checkpoint lies."""
-        return self.folder / "checkpoint.safetensors"
-
-    def _resume(self) -> None:
-        state = load_file(self.file)
-        self.net.load_state_dict({k[4:]: v for k, v in state.items() if k.startswith("net.")})
-        self.ema = {k[4:]: v for k, v in state.items() if k.startswith("ema.")}
-        self.step = int(state["step"])
+    def _resume(self, found: Mapping[str, Any]) -> None:
+        state = load_file(self.folder / CHECKPOINT)
+        self.net.load_state_dict(under(state, "net."))
+        for name, kept in self.ema.items():
+            kept.copy_(state[f"ema.{name}"])
         for name, p in self.net.named_parameters():
-            moments = {m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq") if f"{m}.{name}" in state}
-            if moments:
-                self.optimizer.state[p] = {"step": torch.tensor(float(self.step - self.first)), **moments}
-        self._forget_what_was_lost()
+            # in the parameter's own order of memory, in which sums are taken
+            adam = {m: state[f"{m}.{name}"] for m in ("exp_avg", "exp_avg_sq") if f"{m}.{name}" in state}
+            if adam:
+                moments = {m: torch.empty_like(p, requires_grad=False).copy_(value) for m, value in adam.items()}
+                self.optimizer.state[p] = {"step": state[f"adam.{name}"], **moments}
+        self.step, self.mean = found["step"], found["mean"]
+        if self.own:
+            self.own.restore(under(state, f"own.{rank()}."))
+        if rank() == 0:
+            self._forget_what_was_lost(found["log"])
 
-    def _forget_what_was_lost(self) -> None:
-        # rows after the checkpoint belong to steps that will be made again
-        file = self.folder / "log.jsonl"
-        if file.exists() and (not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0):
-            rows = [row for row in file.read_text().splitlines() if json.loads(row)["step"] <= self.step]
-            file.write_text("".join(f"{row}\n" for row in rows))
+    def _forget_what_was_lost(self, known: int) -> None:
+        # bytes after the checkpoint are rows of steps that will be made again
+        file = self.folder / LOG
+        if file.exists() and file.stat().st_size > known:
+            os.truncate(file, known)
 
     def checkpoint(self) -> None:
-        """Write everything a resumed run needs."""
-        state = {f"net.{k}": v for k, v in self.net.state_dict().items()}
+        """Write everything a resumed run needs; all processes must come here."""
+        if torch.distributed.is_initialized():
+            torch.distributed.barrier()  # at the beginning, nobody still looks whether there is one
+        state = gathered(self.own.tensors()) if self.own else {}
+        if rank() != 0:
+            return
+        state |= {f"net.{k}": v for k, v in self.net.state_dict().items()}
         state |= {f"ema.{k}": v for k, v in self.ema.items()}
         for name, p in self.net.named_parameters():
-            state |= {f"{m}.{name}": v for m, v in self.optimizer.state.get(p, {}).items() if m != "step"}
-        save({**state, "step": torch.tensor(self.step)}, self.file, self.step)
+            adam = self.optimizer.state.get(p, {})
+            state |= {f"{'adam' if m == 'step' else m}.{name}": v for m, v in adam.items()}
+        log = self.folder / LOG
+        known = log.stat().st_size if log.exists() else 0
+        facts = {"step": self.step, "mean": self.mean, "log": known, "recipe": dict(self.recipe)}
+        save(state, self.folder / CHECKPOINT, facts)
 
     def run(self, loss: Callable[[int], Tensor], *, log_every: int = 50, save_every: int = 500) -> Iterator[int]:
-        """Train to the end; yields the step number after each update so that the caller can look."""
-        mean, synced = 0.0, torch.distributed.is_initialized()
-        leader = not synced or torch.distributed.get_rank() == 0
+        """Train to the end; yields the step number after each update so that the caller can look.
+
+        What the caller logs of a step is in the log that its checkpoint knows.
+        """
         while self.step < self.steps:
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr * cosine(self.step - self.first, self.steps - self.first)
             self.optimizer.zero_grad(set_to_none=True)
             value = loss(self.step)
             value.backward()
-            if synced:
+            if torch.distributed.is_initialized():
                 average_gradients(self.net)
             nn.utils.clip_grad_norm_(self.net.parameters(), 1.0)
             self.optimizer.step()
             self.step += 1
             self._average()
-            mean = value.item() if mean == 0 else 0.98 * mean + 0.02 * value.item()
-            if leader and self.step % log_every == 0:
-                self.log(loss=round(mean, 5), lr=self.optimizer.param_groups[0]["lr"])
-            if leader and (self.step % save_every == 0 or self.step == self.steps):
-                self.checkpoint()
+            self.mean = value.item() if self.mean is None else 0.98 * self.mean + 0.02 * value.item()
+            if self.step % log_every == 0:
+                self.log(loss=round(self.mean, 5), lr=self.optimizer.param_groups[0]["lr"])
             yield self.step
+            if self.step % save_every == 0 or self.step == self.steps:
+                self.checkpoint()
 
     def _average(self) -> None:
         made = self.step - self.first
@@ -129,12 +198,36 @@ class Trainer:
             else:
                 kept.copy_(current[name])
 
-    def log(self, **values: float | str | None) -> None:
-        """Append one row to the run's log."""
+    def log(self, **values: int | float | str | None) -> None:
+        """Append one row to the run's log, which the first process keeps."""
+        if rank() != 0:
+            return
         self.folder.mkdir(parents=True, exist_ok=True)
         row = {"step": self.step, "seconds": round(time.monotonic() - self.began, 1), **values}
-        with (self.folder / "log.jsonl").open("a") as file:
+        with (self.folder / LOG).open("a") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """Those whose names begin so, without that."""
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def rank() -> int:
+    """This process's number among those that train together."""
+    return torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
+
+
+def gathered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What each process holds, as own.RANK.NAME, in the first one; empty in others."""
+    if not torch.distributed.is_initialized():
+        return {f"own.0.{name}": tensor for name, tensor in tensors.items()}
+    found: dict[str, Tensor] = {}
+    for name, tensor in tensors.items():
+        parts = [torch.empty_like(tensor) for _ in range(torch.distributed.get_world_size())] if rank() == 0 else None
+        torch.distributed.gather(tensor, parts)
+        found |= {f"own.{i}.{name}": part for i, part in enumerate(parts or [])}
+    return found
 
 
 def average_gradients(net: nn.Module) -> None:

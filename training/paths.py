@@ -5,10 +5,12 @@ paths leave them, the further the larger g. So paths are walked here from noise,
 by the student itself, whose own small errors it is thus told to mend; the teacher answers at every state of both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+
+from training import keeping
 
 STEPS = 25  # of a walk, each at a place of its own: between two steps a student is asked nowhere
 ROOM = 16_384  # lessons kept by one process
@@ -33,6 +35,14 @@ class Paths:
         chosen = [self.kept[int(i)] for i in torch.randint(len(self.kept), (n,), generator=random)]
         x, t, scale, captions, v = zip(*chosen, strict=True)
         return torch.stack(x).float(), torch.stack(t), torch.stack(scale), list(captions), torch.stack(v).float()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What is kept: a walk of the student's cannot be made again once it has learned on."""
+        return keeping.packed(self.kept)
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep these lessons in place of others."""
+        self.kept = keeping.unpacked(tensors)
 
     @torch.no_grad()
     def walk(self, random: torch.Generator) -> list[tuple[Tensor, Tensor, Tensor, str, Tensor]]:

@@ -59,6 +59,7 @@ def publish(pipeline: DiffusionPipeline, run: Path, name: str, command: str) -> 
     for config in scratch.glob("text_encoder*/config.json"):
         config.write_text(json.dumps({**json.loads(config.read_text()), "dtype": "float32"}, indent=2) + "\n")
     (scratch / "README.md").write_text(card(pipeline, name, command))
+    shutil.rmtree(run / "replaced", ignore_errors=True)  # of a kill just before the end
     if target.exists():
         target.rename(run / "replaced")
     scratch.rename(target)

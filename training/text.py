@@ -36,11 +36,11 @@ class Embedder:
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """Token states "b 32 d" and pooled text "b d"."""
-        new = [c for c in dict.fromkeys(captions) if c not in self.known]
-        if new:
-            ids = self.tokenizer(new, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            out = self.tower(ids)
-            both = zip(out.last_hidden_state.half(), out.pooler_output.half(), strict=True)
-            self.known |= zip(new, both, strict=True)
+        for caption in captions:
+            # one by one: what is remembered must not hang on others of a batch, which after a kill are others
+            if caption not in self.known:
+                ids = self.tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt").input_ids
+                out = self.tower(ids)
+                self.known[caption] = out.last_hidden_state[0].half(), out.pooler_output[0].half()
         states, pooled = zip(*(self.known[c] for c in captions), strict=True)
         return torch.stack(states).float(), torch.stack(pooled).float()

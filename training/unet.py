@@ -14,7 +14,7 @@ from diffusers import DDIMScheduler, StableDiffusionPipeline, UNet2DConditionMod
 from safetensors.torch import load_file
 from torch import Tensor
 
-from training import clip, latents, loop, release, text
+from training import clip, latents, loop, options, release, text
 
 HERE = Path(__file__).parent
 
@@ -55,10 +55,9 @@ def objective(net: UNet2DConditionModel, args: argparse.Namespace) -> Callable[[
     embed, bars = text.Embedder(), schedule().alphas_cumprod
     share = args.batch // args.processes
     mixture = latents.Mixture(share, args.extra)
-    rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
 
     def loss(step: int) -> Tensor:
-        random = loop.rng(args.seed, 1, step, rank)
+        random = loop.rng(args.seed, 1, step, loop.rank())
         z, captions = mixture.draw(random)
         # stratified: every batch sees all noise levels
         strata = torch.randperm(share, generator=random)
@@ -96,9 +95,7 @@ def work(rank: int, args: argparse.Namespace) -> None:
     net = build()
     if args.start:
         net.load_state_dict(load_file(release.EMBEDDED / args.start / "unet" / "diffusion_pytorch_model.safetensors"))
-    trainer = loop.Trainer(net, args.run, lr=args.lr, steps=args.steps, first=args.first, decay=0.9985)
-    if rank == 0:
-        trainer.log(begins=True, steps=args.steps, lr=args.lr, batch=args.batch, extra=args.extra)
+    trainer = loop.Trainer(net, args.run, options.recipe(args), lr=args.lr, decay=0.9985)
     for step in trainer.run(objective(net, args), save_every=250):
         if rank == 0 and step % args.publish == 0:
             release.publish(assemble(trainer.ema), args.run, "emoji-unet", "python -m training.unet")
@@ -109,20 +106,23 @@ def work(rank: int, args: argparse.Namespace) -> None:
 
 def main() -> None:
     """Prepare the frozen parts, then train."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=4500)
-    parser.add_argument("--first", type=int, default=0, help="step a further stretch counts on from, see --start")
-    parser.add_argument("--lr", type=float, default=8e-4)
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--publish", type=int, default=500)
-    parser.add_argument("--start", help="published model to begin from where no checkpoint is left, e.g. emoji-unet")
+    parser = options.parser(__doc__)
+    parser.add_argument("--steps", type=options.count, default=4500)
+    parser.add_argument("--first", type=options.natural, default=0, help="step of --start to count on from")
+    parser.add_argument("--lr", type=options.rate, default=8e-4)
+    parser.add_argument("--batch", type=options.count, default=128)
+    parser.add_argument("--processes", type=options.count, default=2)
+    parser.add_argument("--publish", type=options.count, default=500)
     parser.add_argument(
-        "--extra", type=float, default=0.0, help="share of other things (build_dataset --extra) in a batch"
+        "--start", choices=["emoji-unet"], help="published model to begin from where no checkpoint is left"
+    )
+    parser.add_argument(
+        "--extra", type=options.share, default=0.0, help="share of other things (build_dataset --extra) in a batch"
     )
     parser.add_argument("--seed", type=int, default=2)
     parser.add_argument("--run", type=Path, default=HERE / "runs" / "unet")
     args = parser.parse_args()
+    options.settle(parser, args)
     args.run.mkdir(parents=True, exist_ok=True)
     loop.quiet_cpu()
     latents.prepare()

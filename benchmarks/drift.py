@@ -3,21 +3,24 @@
 Both methods erase the same targets with growing numbers of steps. After each, the target's rate on the suite's own
 cases is judged and the drift mean ||eps_erased(x_t, t, "") - eps_base(x_t, t, "")||^2 is taken on 32 states of the
 base model's own unconditional path. Equal erasure: for each method the first step count at which the target rate is
-at or below LIMIT. --methods climbs with one of the two again, --set METHOD.FIELD=VALUE with other settings than its
-defaults; the other's rungs stay as results/drift.json has them. --save writes that file.
+at or below LIMIT. --methods climbs with one of the two, --set METHOD.FIELD=VALUE with other settings than its
+defaults; the other's rungs stay as results/drift.json has them. --save adds every target to that file as soon as it is
+climbed and leaves out those that are there, so a killed run continues; other settings, another model or suite are
+refused: remove there what is to be measured anew.
 """
 
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from benchmarks.effect import told
+from benchmarks.effect import recorded, told
 from expunge.core.concept import Request
 from expunge.core.eraser import Eraser, Run
 from expunge.core.generator import Generator
@@ -25,6 +28,7 @@ from expunge.core.measure import Detector
 from expunge.core.registry import find
 from expunge.models.load import load
 from expunge.ops.trajectory import uncond_drift
+from expunge.stages import _files
 from expunge.stages.recipe import settings
 from expunge.suites.load import Suite
 from expunge.suites.load import load as load_suite
@@ -71,7 +75,7 @@ def climb(pair: tuple[str, str], args: argparse.Namespace) -> list[Point]:
     torch.set_num_threads(1)
     model, suite, judge = load(args.model), load_suite(args.suite), find("detectors", "judge_cnn")()
     cls = find("methods", method)
-    eraser: Eraser = cls(**settings(cls, [pair.removeprefix(f"{method}.") for pair in told(args, method)]))
+    eraser: Eraser = cls(**settings(cls, told(args, method)))
     aim = suite.target(target)
     request = Request(target=(aim.concept,), anchor=(None,), retain=aim.retain)
     points: list[Point] = []
@@ -85,12 +89,33 @@ def climb(pair: tuple[str, str], args: argparse.Namespace) -> list[Point]:
 
 
 def held(args: argparse.Namespace) -> tuple[dict[str, dict], list[Point]]:
-    """How another method was run on the same model and suite, and its rungs, which this run does not climb again."""
+    """How every method is run, and the rungs that this run does not climb again: without --save those of other methods.
+
+    Raises SystemExit where --save would mix models, suites or runs.
+    """
+    where = {"machine": platform.machine(), "torch": torch.__version__}
+    mine = {method: {"set": recorded(args, method), **where} for method in args.methods}
     facts = json.loads(FILE.read_text()) if FILE.exists() else {}
-    if (facts.get("model"), facts.get("suite")) != (args.model, args.suite):
-        return {}, []
-    points = [point for row in facts["points"] if (point := Point(**row)).method not in args.methods]
-    return {method: run for method, run in facts["runs"].items() if method not in args.methods}, points
+    there, asked = (facts.get("model"), facts.get("suite")), (args.model, args.suite)
+    runs = facts["runs"] if there == asked else {}
+    points = [Point(**row) for row in facts["points"]] if there == asked else []
+    if not args.save:
+        return {**runs, **mine}, [point for point in points if point.method not in args.methods]
+    if facts and there != asked:
+        raise SystemExit(f"{FILE.name} holds {there}, asked for {asked}; move it away to begin another")
+    for method, run in mine.items():
+        if runs.get(method, run) != run:
+            raise SystemExit(f"{method} is on record with {runs[method]}, not {run}; remove it there to measure anew")
+    return {**runs, **mine}, points
+
+
+def write(args: argparse.Namespace, runs: dict[str, dict], points: Iterable[Point]) -> None:
+    """Keep what is known, methods and targets in their order, whole or not at all."""
+    order = [target.concept.name for target in load_suite(args.suite).targets]
+    rows = sorted(points, key=lambda p: (METHODS.index(p.method), order.index(p.target), p.steps))
+    facts: dict[str, Any] = {"model": args.model, "suite": args.suite, "limit": LIMIT}
+    facts |= {"detector": "judge_cnn", "seed": 0, "runs": runs, "points": [vars(p) for p in rows]}
+    _files.write_bytes(FILE, (json.dumps(facts, indent=1) + "\n").encode())
 
 
 def table(points: Sequence[Point], targets: Sequence[str]) -> list[tuple[str, Point, Point]]:
@@ -111,23 +136,20 @@ def main() -> None:
     parser.add_argument("--save", action="store_true", help="write benchmarks/results/drift.json")
     args = parser.parse_args()
     targets = args.targets or [target.concept.name for target in load_suite(args.suite).targets]
-    pairs = [(method, target) for target in targets for method in args.methods]
-    with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
-        climbed = pool.map(partial(climb, args=args), pairs, chunksize=1)
     runs, points = held(args)
-    points += [point for rungs in climbed for point in rungs]
-    where = {"machine": platform.machine(), "torch": torch.__version__}
-    runs |= {method: {"set": told(args, method), **where} for method in args.methods}
+    done = {(point.method, point.target) for point in points}
+    pairs = [(m, target) for target in targets for m in args.methods if (m, target) not in done]
+    with torch.multiprocessing.get_context("spawn").Pool(args.processes) as pool:
+        for rungs in pool.imap_unordered(partial(climb, args=args), pairs, chunksize=1):
+            points += rungs
+            if args.save:
+                write(args, runs, points)
     print(
         f"drift of the unconditional prediction where the target rate first falls to {LIMIT:.0%} (no anchor, n=30 each)"
     )
     for target, *ends in table(points, targets):
         cells = [f"{p.method} {p.steps:4} steps, rate {p.target_rate:4.0%}, drift {p.drift:.2e}" for p in ends]
         print(f"{target:12} {'   '.join(cells)}")
-    if args.save:
-        facts = {"model": args.model, "suite": args.suite, "limit": LIMIT, "detector": "judge_cnn", "seed": 0}
-        facts |= {"runs": runs, "points": [vars(p) for p in points]}
-        FILE.write_text(json.dumps(facts, indent=1) + "\n")
 
 
 if __name__ == "__main__":

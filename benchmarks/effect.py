@@ -63,7 +63,7 @@ def erased(target: str, method: str, args: argparse.Namespace) -> bool:
         retain=[concept.prompts for concept in aim.retain],
         kind=aim.concept.kind,
         method=method,
-        settings=[pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")],
+        settings=told(args, method),
         seed=args.seed,
     )
     said = folder / f"{method}.{REFUSED}"
@@ -170,8 +170,13 @@ def plain(found: Sequence[dict]) -> dict[str, dict[str, dict]]:
 
 
 def told(args: argparse.Namespace, method: str) -> list[str]:
-    """What --set says of a method, in order."""
-    return sorted(pair for pair in args.set if pair.startswith(f"{method}."))
+    """What --set says of a method, as FIELD=VALUE, in order."""
+    return sorted(pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}."))
+
+
+def recorded(args: argparse.Namespace, method: str) -> list[str]:
+    """The same, as it stands in results."""
+    return [f"{method}.{pair}" for pair in told(args, method)]
 
 
 def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
@@ -180,12 +185,10 @@ def save(args: argparse.Namespace, targets: Sequence[str]) -> None:
     for target in targets:
         folder = args.out / target.replace(" ", "_")
         for arm, seen in kept.packed(rows(folder.parent, folder.name), suite, target).items():
-            card = None if arm == "base" else read_card(folder / arm / "artifact")
-            kept.add(
-                record, target, arm, {"set": told(args, arm), "seconds": card and round(card.run.seconds, 1), **seen}
-            )
+            spent = None if arm == "base" else round(read_card(folder / arm / "artifact").run.seconds, 1)
+            kept.add(record, target, arm, {"set": recorded(args, arm), "seconds": spent, **seen})
         for file in folder.glob(f"*.{REFUSED}"):
-            kept.add(record, target, file.stem, {"set": told(args, file.stem), REFUSED: file.read_text()})
+            kept.add(record, target, file.stem, {"set": recorded(args, file.stem), REFUSED: file.read_text()})
     kept.write(record, args.model, args.suite)
     facts = {"model": args.model, "suite": args.suite, "bars": {"target_rate": TARGET, "retained_of_base": RETAINED}}
     arms = sorted({arm for held in record.values() for arm in held})

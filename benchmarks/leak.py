@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.effect import told
 from benchmarks.validation import GROUNDS, JUDGES, STYLES, sentence
 from expunge.core.concept import Concept
 from expunge.core.eraser import Run
@@ -53,17 +54,15 @@ def one(job: tuple[str, str], args: argparse.Namespace) -> list[Seen]:
 def made_before(method: str, target: str, args: argparse.Namespace) -> Path | None:
     """The artifact that benchmarks.effect left, unless something is set for the method or there is none."""
     made: Path = args.made / target.replace(" ", "_") / method / "artifact"
-    told = any(pair.startswith(f"{method}.") for pair in args.set)
-    return made if made.exists() and not told else None
+    return made if made.exists() and not told(args, method) else None
 
 
 def erased(model: Generator, method: str, target: str, args: argparse.Namespace) -> Generator:
     """The model without the target."""
     if made := made_before(method, target, args):
         return artifact.load(made).on(model)
-    given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
     cls, aim = find("methods", method), load_suite(args.suite).target(target)
-    return cls(**settings(cls, given)).erase(model, aim.request(), Run()).on(model)
+    return cls(**settings(cls, told(args, method))).erase(model, aim.request(), Run()).on(model)
 
 
 @torch.no_grad()

@@ -94,9 +94,9 @@ def rephrase(target: str, made: Iterable[Path], args: Namespace) -> None:
 def attempted(source: Path, name: str, args: Namespace) -> None:
     """Attack one erasure; where the attack refuses it, the reason stands in place of the result."""
     folder = source / _outcomes.FOLDER
-    said, options = folder / f"{name}.{REFUSED}", [o.removeprefix(f"{name}.") for o in effect.told(args, name)]
+    said = folder / f"{name}.{REFUSED}"
     try:
-        attack(source, name, Run(), options=options, suite=args.suite, cases=args.cases)
+        attack(source, name, Run(), options=effect.told(args, name), suite=args.suite, cases=args.cases)
     except InputError as error:
         if (folder / f"{name}.json").exists():
             raise  # the answer to another question is in the way: the attack has refused nothing

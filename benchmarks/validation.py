@@ -13,6 +13,7 @@ from functools import partial
 
 import torch
 
+from benchmarks.effect import told
 from expunge.core.concept import Concept, Request
 from expunge.core.eraser import Run
 from expunge.core.generator import Generator
@@ -68,9 +69,8 @@ def one(job: tuple[str, str], args: argparse.Namespace) -> Count:
     model = load(args.model)
     if method != "base":
         anchor, retain = AIMS[target]
-        given = [pair.removeprefix(f"{method}.") for pair in args.set if pair.startswith(f"{method}.")]
-        cls = find("methods", method)
-        patch = cls(**settings(cls, given)).erase(model, Request.of(target, anchor=anchor, retain=retain), Run())
+        cls, request = find("methods", method), Request.of(target, anchor=anchor, retain=retain)
+        patch = cls(**settings(cls, told(args, method))).erase(model, request, Run())
         model = undone(model, patch.on(model)) if args.undo else patch.on(model)
     names, prompts = zip(*asks(target), strict=True)
     with torch.no_grad():

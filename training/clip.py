@@ -175,7 +175,10 @@ def everything(extra: bool) -> tuple[world.World, tuple[Tensor, ...]]:
 def begin(args: argparse.Namespace) -> tuple[CLIPModel, CLIPTokenizer]:
     """Towers and tokenizer: new ones, or a published pair's."""
     if not args.start:
-        tokenizer = learn_tokenizer(args.run / "tokenizer", args.cache)
+        kept = args.run / "tokenizer"
+        if not (args.run / loop.CHECKPOINT).exists():  # learned anew, words as frequent as others get other numbers
+            learn_tokenizer(kept, args.cache)
+        tokenizer = CLIPTokenizer.from_pretrained(kept)
         return build(tokenizer), tokenizer
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED / args.start)
     tokenizer.save_pretrained(args.run / "tokenizer")

@@ -165,13 +165,24 @@ def assemble(weights: dict[str, Tensor], tokenizer: T5TokenizerFast, *, distille
     )
 
 
+def tokenizer_of(args: argparse.Namespace) -> Path:
+    """Where the run's tokenizer lies: the published one, or one that is learned before the first checkpoint.
+
+    Learned anew, words as frequent as others, and rare signs, get other numbers than those the encoder knows.
+    """
+    if args.start or args.distil:
+        return release.EMBEDDED / NAMES[False] / "tokenizer_2"
+    kept: Path = args.run / "tokenizer"
+    if not (args.run / loop.CHECKPOINT).exists():
+        learn_tokenizer(args.cache).save_pretrained(kept)
+    return kept
+
+
 def work(rank: int, args: argparse.Namespace) -> None:
     """Train as one of `args.processes`, gradients averaged."""
     loop.join(rank, args.processes)
     torch.manual_seed(args.seed)
-    # learnt anew, rare signs get other numbers than those the encoder knows
-    shipped, known = release.EMBEDDED / NAMES[False] / "tokenizer_2", args.start or args.distil
-    tokenizer = T5TokenizerFast.from_pretrained(shipped) if known else learn_tokenizer(args.cache)
+    tokenizer = T5TokenizerFast.from_pretrained(args.tokenizer)
     net = FluxNet(len(tokenizer), distilled=args.distil)
     if args.start:
         net.load_state_dict(finished(tokenizer, distilled=args.distil).state_dict())
@@ -221,6 +232,7 @@ def main() -> None:
     args.run.mkdir(parents=True, exist_ok=True)
     loop.quiet_cpu()
     latents.prepare()
+    args.tokenizer = tokenizer_of(args)  # before there are several processes, which would each learn another
     if args.processes == 1:
         work(0, args)
     else:

@@ -9,7 +9,7 @@ from training import loop
 
 RESUMES = """The same command, given again after a kill, goes on from the last checkpoint and ends
 at the bits of an unbroken run. Another is refused until the run is finished, and then takes it further."""
-ASIDE = ("run", "cache", "publish")  # what no number depends on
+ASIDE = ("run", "cache", "publish", "tokenizer")  # what no number depends on
 
 
 class Parser(argparse.ArgumentParser):

@@ -18,7 +18,7 @@ import training_toy
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from training import flux, keeping, lessons, loop, paths, release, text, unet
+from training import clip, flux, keeping, lessons, loop, paths, release, text, unet
 from training.flux_net import FluxNet, Words, levels
 from training.loop import CHECKPOINT, LOG
 from transformers import T5TokenizerFast
@@ -241,6 +241,26 @@ def test_what_is_said_of_a_caption_hangs_on_no_other() -> None:
         alone = two([many[i]])
         assert torch.equal(alone[0][0], states[i]) and torch.equal(alone[1][0], pooled[i])
     assert not torch.equal(states[0], states[3])
+
+
+@pytest.mark.parametrize("family", ["flux", "clip"])
+def test_a_tokenizer_is_learned_once_a_run(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clip, "sentences", lambda cache: learned)
+    monkeypatch.setattr(clip, "build", lambda tokenizer: tokenizer)
+    args = Namespace(run=tmp_path, start=None, distil=False, cache=tmp_path)
+
+    def numbers() -> dict[str, int]:
+        if family == "clip":
+            return clip.begin(args)[1].get_vocab()
+        return T5TokenizerFast.from_pretrained(flux.tokenizer_of(args)).get_vocab()
+
+    learned = ["a cat sat there"] * 9
+    first = numbers()
+    learned = ["zebras zigzag"] * 9
+    (tmp_path / CHECKPOINT).touch()
+    assert numbers() == first
+    (tmp_path / CHECKPOINT).unlink()
+    assert numbers() != first
 
 
 def test_captions_come_back_from_bytes() -> None:

@@ -21,6 +21,7 @@ from benchmarks.validation import GROUNDS, JUDGES, STYLES, sentence
 from expunge.core.concept import Concept
 from expunge.core.eraser import Run
 from expunge.core.generator import Generator
+from expunge.core.patch import Patch
 from expunge.core.records import Estimate
 from expunge.core.registry import find
 from expunge.models.load import load
@@ -47,7 +48,7 @@ def one(job: tuple[str, str], args: argparse.Namespace) -> list[Seen]:
     torch.set_num_threads(1)
     (method, target), model = job, load(args.model)
     if method != "base":
-        model = erased(model, method, target, args)
+        model = change(model, method, target, args).on(model)
     return [Seen(method, target, scale, judged(model, target, scale)) for scale in args.scales]
 
 
@@ -57,12 +58,18 @@ def made_before(method: str, target: str, args: argparse.Namespace) -> Path | No
     return made if made.exists() and not told(args, method) else None
 
 
-def erased(model: Generator, method: str, target: str, args: argparse.Namespace) -> Generator:
-    """The model without the target."""
+def given(jobs: list[tuple[str, str]], args: argparse.Namespace) -> dict[str, dict]:
+    """What was set when the erasures that benchmarks.effect left were made."""
+    cards = {(m, t): artifact.read_card(made) for m, t in jobs if (made := made_before(m, t, args))}
+    return {f"{m} {t}": {name: card.config[name] for name in card.given} for (m, t), card in cards.items()}
+
+
+def change(model: Generator, method: str, target: str, args: argparse.Namespace) -> Patch | artifact.Artifact:
+    """What takes the target out of the model."""
     if made := made_before(method, target, args):
-        return artifact.load(made).on(model)
+        return artifact.load(made)
     cls, aim = find("methods", method), load_suite(args.suite).target(target)
-    return cls(**settings(cls, told(args, method))).erase(model, aim.request(), Run()).on(model)
+    return cls(**settings(cls, told(args, method))).erase(model, aim.request(), Run())
 
 
 @torch.no_grad()
@@ -87,14 +94,14 @@ def table(found: list[Seen]) -> dict[str, dict[str, dict[str, Estimate]]]:
     return rows
 
 
-def place(args: argparse.Namespace) -> Path:
+def place(args: argparse.Namespace, what: str = "leak") -> Path:
     """The file of results, under the run's name; SystemExit where it holds another suite or other settings."""
-    name = "-".join(["leak", Path(args.model).name, *([args.name] if args.name else [])])
+    name = "-".join([what, Path(args.model).name, *([args.name] if args.name else [])])
     file = RESULTS / f"{name}.json"
     held = json.loads(file.read_text()) if file.exists() else {}
-    for what, asked in (("suite", args.suite), ("set", args.set)):
-        if held and held[what] != asked:
-            raise SystemExit(f"{file.name} holds {what} {held[what]}, asked for {asked}; choose another --name")
+    for key, asked in (("suite", args.suite), ("set", args.set)):
+        if held and held[key] != asked:
+            raise SystemExit(f"{file.name} holds {key} {held[key]}, asked for {asked}; choose another --name")
     return file
 
 
@@ -125,10 +132,7 @@ def main() -> None:
     if file:
         facts = {"model": args.model, "suite": args.suite, "targets": targets, "set": args.set, "pictures": 10}
         facts |= {"machine": platform.machine(), "torch": torch.__version__}
-        cards = {(m, t): artifact.read_card(made) for m, t in jobs if (made := made_before(m, t, args))}
-        facts["made_before"] = {
-            f"{m} {t}": {name: card.config[name] for name in card.given} for (m, t), card in cards.items()
-        }
+        facts["made_before"] = given(jobs, args)
         facts["rates"] = {j: {m: {s: asdict(e) for s, e in r.items()} for m, r in ms.items()} for j, ms in rows.items()}
         file.write_text(json.dumps(facts, indent=1) + "\n")
 

@@ -136,6 +136,9 @@ def test_resting_parts_are_awake_only_while_they_run(name: str, monkeypatch: pyt
     assert [place for _, place in journeys] == [str(plain.device), "cpu"] * (len(journeys) // 2)
 
 
+SLOW = pytest.mark.slow  # a process of its own, which imports everything
+
+
 def elsewhere(*words: str) -> tuple[int, str]:
     """Exit code and last line of tests/ops/other_device.py."""
     script = Path(__file__).with_name("other_device.py")
@@ -143,13 +146,13 @@ def elsewhere(*words: str) -> tuple[int, str]:
     return done.returncode, (done.stderr if done.returncode else done.stdout).strip().splitlines()[-1]
 
 
-@pytest.mark.parametrize("name", ["tiny-unet", "tiny-flux", "tiny-sd3"])
+@pytest.mark.parametrize("name", ["tiny-flux", *(pytest.param(n, marks=SLOW) for n in ("tiny-unet", "tiny-sd3"))])
 def test_a_device_of_its_own_meets_no_tensor_of_the_processor(name: str) -> None:
     """Encoded, predicted, decoded and every gradient are where the denoiser is; what rests is in main memory again."""
     assert elsewhere(name) == (0, "elsewhere elsewhere elsewhere elsewhere and cpu")
 
 
-@pytest.mark.parametrize("part", ["text_encoder_2", "vae"])
+@pytest.mark.parametrize("part", ["vae", pytest.param("text_encoder_2", marks=SLOW)])
 def test_a_part_that_nobody_wakes_is_seen(part: str) -> None:
     code, said = elsewhere("tiny-flux", part)
     assert code == 1 and "FakeTensorDeviceMismatchError: Expected all tensors to be on the same device" in said

@@ -89,5 +89,5 @@ def _refined(old: torch.Tensor, concepts: Sequence[Sentences], prior: torch.Tens
 
 
 def test_peak_memory_sees_what_is_allocated() -> None:
-    assert peak_extra(lambda: torch.ones(2**24)) > 60e6
+    assert peak_extra(lambda: torch.ones(2**26)) > 200e6  # 268 MB; a worker may give back some of its own meanwhile
     assert peak_extra(lambda: None) < 20e6

@@ -84,13 +84,13 @@ METHODS = {
     "uce": "ridge = 1.0\n",
 }
 SLOW = [
+    ("tiny-unet", "esd"),
     ("tiny-unet", "score"),
     ("tiny-flux", "erase_anything"),
     ("tiny-flux-distilled", "esd"),
     ("tiny-flux-distilled", "erase_anything"),
 ]
 TRAINED = [
-    ("tiny-unet", "esd"),
     ("tiny-flux", "all_but_one"),
     *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW),
 ]
@@ -146,7 +146,7 @@ def test_a_training_without_text_encoders_learns_the_same(
     assert cards[0].base == cards[1].base and bool(cards[0].certificates) == bool(cards[1].certificates)
 
 
-@pytest.mark.parametrize(("model", "method"), [("tiny-flux", "dve"), ("tiny-flux", "uce"), ("tiny-unet", "uce")])
+@pytest.mark.parametrize(("model", "method"), [("tiny-flux", "dve"), ("tiny-unet", "uce")])
 def test_what_trains_nothing_is_made_the_same(model: str, method: str, tmp_path: Path) -> None:
     plain = deltas(erase(written(model, method), tmp_path / "plain", Run()))
     light = deltas(erase(written(model, method), tmp_path / "light", Run(), drop_encoders=True))

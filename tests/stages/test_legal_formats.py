@@ -63,3 +63,9 @@ def test_a_guard_has_no_rank(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="guard, whose tensors are written as they are, got rank 4; give none"):
         export(source, "lora", rank=4)
     assert not (source / "export").exists()
+
+
+def test_a_rank_is_sent_to_formats_of_the_family(tmp_path: Path) -> None:
+    source, _ = made(tmp_path, "tiny-flux", patch("weights", "tiny-flux"))
+    with pytest.raises(InputError, match=r"has no rank, got 4; legal with a rank: lora$"):
+        export(source, "comfy-diff", rank=4)

@@ -167,6 +167,7 @@ def test_a_temperature_that_divides_by_nothing_is_refused_before_any_work(temper
     assert not begun
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FLOWS)
 def test_only_distilled_models_share_the_pool_among_scales(name: str) -> None:
     """Elsewhere every state has a sentence of its own, however many scales are named."""

@@ -22,17 +22,15 @@ def legal(card: Card) -> tuple[str, ...]:
 
 
 def check_words(to: str, rank: int | None) -> None:
-    """Raise InputError for an unknown format, a rank below 1, or a rank where there is none to choose."""
+    """Raise InputError for an unknown format and for a rank below 1."""
     if to not in FORMATS:
         raise unknown("export format", to, FORMATS)
     if rank is not None and rank < 1:
         raise InputError(f"rank {rank} keeps nothing; legal: 1 or more")
-    if rank is not None and to not in FACTORED:
-        raise InputError(f"format {to!r} has no rank, got {rank}; legal with a rank: {', '.join(FACTORED)}")
 
 
 def check_fits(card: Card, to: str, rank: int | None) -> None:
-    """Raise InputError for a format the artifact cannot be written in, naming those it can, and for a guard's rank."""
+    """Raise InputError for a format the artifact cannot be written in, naming those it can, or for an idle rank."""
     others = ", ".join(legal(card))
     if to == "kohya" and to not in legal(card):
         raise InputError(
@@ -47,3 +45,6 @@ def check_fits(card: Card, to: str, rank: int | None) -> None:
         raise InputError(
             f"{card.method} made a guard, whose tensors are written as they are, got rank {rank}; give none"
         )
+    if rank is not None and to not in FACTORED:
+        ranked = ", ".join(name for name in FACTORED if name in legal(card))
+        raise InputError(f"format {to!r} has no rank, got {rank}; legal with a rank: {ranked}")
